@@ -1,0 +1,117 @@
+"""Stage 6, improve: what every agent is, and the few lines that all of them share."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from mve.networks import MLP, Policy, ensemble
+from mve.types import CriticTargets, Key, Metrics, Positive, Rate, Unit, Widths
+
+Tree = TypeVar("Tree")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """What DDPG, TD3 and SAC have in common."""
+
+    hidden: Widths = (256, 256)
+    """Widths of the hidden layers of actor and critics."""
+    layer_norm: bool = False
+    """LayerNorm before each activation, in actor and critics."""
+    action_layer: int = 0
+    """Layer of the critic that the action enters: 0 beside the observation, 1 after the first hidden layer."""
+    critics: Positive = 2
+    """N, critics; targets use the least of their values."""
+    batch_size: Positive = 256
+    """Real transitions per update."""
+    actor_learning_rate: Rate = 3e-4
+    """Adam's step size."""
+    critic_learning_rate: Rate = 3e-4
+    """Adam's step size."""
+    target_rate: Unit = 0.005
+    """Share of the new network in the slow copy, per update (Polyak)."""
+
+
+class Agent(eqx.Module):
+    """An actor-critic learner as one frozen pytree; every method is pure.
+
+    It gives the expander `target_policy` and `target_value`, and takes back `CriticTargets` without
+    knowing which estimator made them.
+    """
+
+    @abc.abstractmethod
+    def policy(self) -> Policy:
+        """The deterministic policy that is evaluated."""
+
+    @abc.abstractmethod
+    def exploration_policy(self, key: Key) -> Policy:
+        """The policy that collects the next block of real steps."""
+
+    @abc.abstractmethod
+    def target_policy(
+        self, obs: Float[Array, "*batch S"], key: Key
+    ) -> tuple[Float[Array, "*batch A"], Float[Array, "*batch"]]:
+        """Action taken in an imagined state, and the bonus of taking it (0, or SAC's entropy term)."""
+
+    @abc.abstractmethod
+    def target_value(self, obs: Float[Array, "*batch S"], key: Key) -> Float[Array, "N *batch"]:
+        """Bootstrap of a state under the target policy, bonus of its own action included, per critic."""
+
+    @abc.abstractmethod
+    def update(
+        self, targets: CriticTargets, obs: Float[Array, "B S"], key: Key
+    ) -> tuple[Agent, Metrics]:
+        """One step of critic and actor; `obs` are the real states on which the actor is improved."""
+
+
+def init_critic(config: AgentConfig, obs_size: int, action_size: int, key: Key) -> MLP:
+    """N critics Q(s, a) with a leading critic axis."""
+
+    def critic(k: Key) -> MLP:
+        return MLP(
+            obs_size,
+            1,
+            config.hidden,
+            side_inputs=action_size,
+            side_layer=config.action_layer,
+            layer_norm=config.layer_norm,
+            key=k,
+        )
+
+    return ensemble(critic, config.critics, key)
+
+
+def action_values(
+    critic: MLP, obs: Float[Array, "*batch S"], action: Float[Array, "*batch A"]
+) -> Float[Array, "N *batch"]:
+    """Q_n(s, a) of every critic."""
+    return jax.vmap(lambda member: member(obs, action)[..., 0])(critic)
+
+
+def critic_loss(critic: MLP, targets: CriticTargets) -> tuple[Array, Metrics]:
+    """sum_n sum_k w_k (Q_n(s_k, a_k) - y_k)^2: with weights 1/K, each critic's mean squared error, summed."""
+    value = action_values(critic, targets.obs, targets.action)
+    error = value - jnp.broadcast_to(targets.value, value.shape)
+    loss = jnp.sum(jnp.broadcast_to(targets.weight, value.shape) * jnp.square(error))
+    return loss, {"train/critic_loss": loss, "train/q_mean": jnp.mean(value)}
+
+
+def adam_step(
+    learning_rate: float, gradient: Tree, opt_state: optax.OptState, params: Tree
+) -> tuple[Tree, optax.OptState]:
+    """One Adam step (Kingma and Ba 2015)."""
+    update, opt_state = optax.adam(learning_rate).update(gradient, opt_state, params)  # pyright: ignore[reportArgumentType]
+    return optax.apply_updates(params, update), opt_state  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def polyak(target: Tree, network: Tree, rate: float) -> Tree:
+    """target + rate (network - target), leaf by leaf."""
+    return jax.tree.map(lambda slow, fast: slow + rate * (fast - slow), target, network)

@@ -1,0 +1,150 @@
+"""Deep deterministic policy gradient (Lillicrap et al. 2016), as the MVE paper tuned it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from mve.agents.base import (
+    Agent,
+    AgentConfig,
+    action_values,
+    adam_step,
+    critic_loss,
+    init_critic,
+    polyak,
+)
+from mve.networks import MLP, DeterministicActor, Policy
+from mve.types import CriticTargets, Key, Metrics, NonNegative, Positive, Rate, Unit, Widths
+
+NOISE_GROWTH = 1.01  # factor of one adaptation, up or down
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPGConfig(AgentConfig):
+    """Settings of the MVE paper's learner (code of February 2018) unless overridden."""
+
+    hidden: Widths = (64, 64)
+    """Widths of the hidden layers of actor and critic."""
+    layer_norm: bool = True
+    """LayerNorm before each activation: parameter noise needs it."""
+    action_layer: int = 1
+    """The action enters the critic after its first hidden layer."""
+    critics: Positive = 1
+    """DDPG has one critic."""
+    batch_size: Positive = 512
+    """Real transitions per update."""
+    actor_learning_rate: Rate = 1e-3
+    """Adam's step size."""
+    critic_learning_rate: Rate = 1e-3
+    """Adam's step size."""
+    target_rate: Unit = 0.01
+    """Share of the new network in the slow copy, per update."""
+    exploration: Literal["parameter_noise", "gaussian"] = "parameter_noise"
+    """Perturb the actor's weights for a whole block, or add noise to each action."""
+    noise: NonNegative = 0.2
+    """Standard deviation of exploration in units of the action range, which is 1 for this purpose."""
+    noise_interval: Positive = 50
+    """Updates between adaptations of the parameter noise."""
+
+
+class DDPG(Agent):
+    """One update, in this order: the critic's and the actor's gradients from the same old values, one
+    Adam step each, then both slow copies move, then the parameter noise adapts."""
+
+    actor: DeterministicActor
+    critic: MLP
+    target_actor: DeterministicActor
+    target_critic: MLP
+    actor_opt: optax.OptState
+    critic_opt: optax.OptState
+    noise_scale: jax.Array
+    num_updates: jax.Array
+    config: DDPGConfig = eqx.field(static=True)
+
+    @classmethod
+    def init(cls, config: DDPGConfig, obs_size: int, action_size: int, key: Key) -> DDPG:
+        actor_key, critic_key = jax.random.split(key)
+        actor = DeterministicActor(
+            MLP(obs_size, action_size, config.hidden, layer_norm=config.layer_norm, output_gain=0.05, key=actor_key)
+        )
+        critic = init_critic(config, obs_size, action_size, critic_key)
+        return cls(
+            actor=actor,
+            critic=critic,
+            # Copies, not fresh draws: the authors' last code starts targets apart by a slip.
+            target_actor=jax.tree.map(jnp.copy, actor),
+            target_critic=jax.tree.map(jnp.copy, critic),
+            actor_opt=optax.adam(config.actor_learning_rate).init(actor),
+            critic_opt=optax.adam(config.critic_learning_rate).init(critic),
+            noise_scale=jnp.float32(config.noise / (len(config.hidden) + 1)),
+            num_updates=jnp.int32(0),
+            config=config,
+        )
+
+    def policy(self) -> Policy:
+        return Policy(actor=self.actor, noise_std=jnp.float32(0))
+
+    def exploration_policy(self, key: Key) -> Policy:
+        if self.config.exploration == "gaussian":
+            return Policy(actor=self.actor, noise_std=jnp.float32(2 * self.config.noise))
+        return Policy(actor=perturb(self.actor, self.noise_scale, key), noise_std=jnp.float32(0))
+
+    def target_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
+        del key
+        return self.target_actor.act(obs, 0.0), jnp.zeros(obs.shape[:-1])
+
+    def target_value(self, obs: Array, key: Key) -> Array:
+        del key
+        return action_values(self.target_critic, obs, self.target_actor.act(obs, 0.0))
+
+    def update(self, targets: CriticTargets, obs: Array, key: Key) -> tuple[DDPG, Metrics]:
+        def actor_loss(actor: DeterministicActor) -> Array:
+            return -jnp.mean(action_values(self.critic, obs, actor.act(obs, 0.0)))
+
+        critic_gradient, metrics = jax.grad(critic_loss, has_aux=True)(self.critic, targets)
+        loss, actor_gradient = jax.value_and_grad(actor_loss)(self.actor)
+        cfg = self.config
+        critic, critic_opt = adam_step(cfg.critic_learning_rate, critic_gradient, self.critic_opt, self.critic)
+        actor, actor_opt = adam_step(cfg.actor_learning_rate, actor_gradient, self.actor_opt, self.actor)
+        noise_scale = jax.lax.cond(
+            (self.num_updates + 1) % cfg.noise_interval == 0,
+            lambda: adapted_noise_scale(actor, self.noise_scale, obs, cfg.noise, key),
+            lambda: self.noise_scale,
+        )
+        agent = DDPG(
+            actor=actor,
+            critic=critic,
+            target_actor=polyak(self.target_actor, actor, cfg.target_rate),
+            target_critic=polyak(self.target_critic, critic, cfg.target_rate),
+            actor_opt=actor_opt,
+            critic_opt=critic_opt,
+            noise_scale=noise_scale,
+            num_updates=self.num_updates + 1,
+            config=cfg,
+        )
+        return agent, metrics | {"train/actor_loss": loss, "train/noise_scale": noise_scale}
+
+
+def perturb(actor: DeterministicActor, scale: Array, key: Key) -> DeterministicActor:
+    """The actor with N(0, scale^2) added to every weight but LayerNorm's (Plappert et al. 2018)."""
+    layers, structure = jax.tree.flatten(actor.net.layers)
+    keys = jax.random.split(key, len(layers))
+    noisy = [w + scale * jax.random.normal(k, w.shape) for w, k in zip(layers, keys, strict=True)]
+    return eqx.tree_at(lambda a: a.net.layers, actor, jax.tree.unflatten(structure, noisy))
+
+
+def adapted_noise_scale(
+    actor: DeterministicActor, scale: Array, obs: Array, target: float, key: Key
+) -> Array:
+    """One per cent up while perturbed actions differ by less than `target` (root mean square, actions
+    rescaled to [0, 1]), one per cent down otherwise."""
+    difference = perturb(actor, scale, key).act(obs, 0.0) - actor.act(obs, 0.0)
+    distance = 0.5 * jnp.sqrt(jnp.mean(jnp.square(difference)))
+    return jnp.where(distance < target, scale * NOISE_GROWTH, scale / NOISE_GROWTH)

@@ -1,0 +1,477 @@
+"""mve train | eval | resume | plot | list | doctor.
+
+Only tyro and rich are imported here: JAX and the rest wait until a command needs them, so that help and
+mistakes in the command line are answered at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
+
+if TYPE_CHECKING:
+    from mve.learner import Learner
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+DESCRIPTION = "Sample-efficient reinforcement learning by model-based value expansion."
+SMALLEST_MEMORY_GB, SMALLEST_DISK_GB = 2.0, 1.0
+
+Folder = Annotated[Positional[Path], arg(metavar="RUN")]
+Steps = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+FunctionPath = Annotated[str | None, arg(metavar="FILE:FUNC", help_behavior_hint="")]
+Settings = Annotated[UseAppendAction[list[list[str]]], arg(name="set", metavar="section.field=value")]
+
+
+class UsageError(Exception):
+    """The command line itself cannot be read."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a policy: one task, one algorithm, one seed, one folder."""
+
+    env: Annotated[Positional[str], arg(metavar="ENV")]
+    """Gymnasium id, such as Pendulum-v1 or HalfCheetah-v5."""
+    algo: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """One of those that `mve list` shows; mve-sac if not given."""
+    steps: Steps = None
+    """Environment steps; fifty full-length episodes if not given."""
+    seed: int = 0
+    """Decides everything that is drawn at random."""
+    run_dir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Folder of the run; runs/ENV/ALGO/seed-S if not given."""
+    settings: Settings = dataclasses.field(default_factory=list)
+    """Any setting of config.json; several may follow."""
+    reward: FunctionPath = None
+    """Your JAX function (obs, action, next_obs) -> reward; learned if there is none."""
+    termination: FunctionPath = None
+    """Your JAX function (obs, action, next_obs) -> bool; learned if there is none."""
+    quiet: bool = False
+    """No progress display."""
+
+    def run(self) -> int:
+        from mve.learner import Learner
+
+        settings = [setting for given in self.settings for setting in given]
+        if self.steps is not None:
+            # Not left to learn(): memory and the spacing of evaluations follow from the budget.
+            settings.append(f"train.total_steps={_at_least_one('--steps', self.steps)}")
+        learner = Learner(
+            self.env,
+            self.algo,
+            seed=self.seed,
+            run_dir=self.run_dir,
+            settings=settings,
+            reward_fn=_function("reward", self.reward),
+            termination_fn=_function("termination", self.termination),
+            quiet=self.quiet,
+        )
+        return _learn(learner, None)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Try the trained policy of a run, without noise, in environments of its own."""
+
+    run_folder: Folder
+    """Folder of the run."""
+    episodes: Annotated[int, arg(metavar="N")] = 10
+    """How many to play."""
+    json: bool = False
+    """Print the numbers as JSON."""
+    reward: FunctionPath = None
+    """As it was given to train."""
+    termination: FunctionPath = None
+    """As it was given to train."""
+
+    def run(self) -> int:
+        from mve.learner import Learner
+
+        episodes = _at_least_one("--episodes", self.episodes)
+        learner = Learner.load(
+            self.run_folder,
+            reward_fn=_function("reward", self.reward),
+            termination_fn=_function("termination", self.termination),
+        )
+        result = learner.evaluate(episodes)
+        returns, lengths = result.returns.tolist(), result.lengths.tolist()
+        if not self.json:
+            print(f"evaluation   {_spread(returns)}")
+            return 0
+        facts = {
+            "env": learner.spec.name,
+            "algo": learner.config.algo,
+            "step": learner.num_timesteps,
+            "episodes": episodes,
+            "mean_reward": float(result.returns.mean()),
+            "std_reward": float(result.returns.std()),
+            "returns": returns,
+            "lengths": lengths,
+        }
+        print(json.dumps(facts, indent=2))
+        return 0
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with a run from its newest checkpoint."""
+
+    run_folder: Folder
+    """Folder of the run."""
+    steps: Steps = None
+    """This many more environment steps; to the end of the run's budget if not given."""
+    reward: FunctionPath = None
+    """As it was given to train."""
+    termination: FunctionPath = None
+    """As it was given to train."""
+    quiet: bool = False
+    """No progress display."""
+
+    def run(self) -> int:
+        from mve.learner import Learner
+        from mve.types import UserError
+
+        steps = None if self.steps is None else _at_least_one("--steps", self.steps)
+        learner = Learner.load(
+            self.run_folder,
+            reward_fn=_function("reward", self.reward),
+            termination_fn=_function("termination", self.termination),
+            quiet=self.quiet,
+        )
+        if steps is None and learner.num_timesteps >= learner.config.train.total_steps:
+            done = learner.num_timesteps
+            raise UserError(f"{self.run_folder} has had all of its {done} steps; --steps N trains for N more")
+        return _learn(learner, steps)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the learning curves of one run or several: a colour for each algorithm, a panel for each task."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")]
+    """Folders of the runs."""
+    output: Annotated[Path, arg(metavar="PNG")] = Path("curves.png")
+    """The picture to write."""
+
+    def run(self) -> int:
+        from mve.plot import curve
+        from mve.types import UserError
+
+        if not self.runs:
+            raise UserError("plot: no run folder is given; see `mve plot --help`")
+        print(curve(self.runs, self.output))
+        return 0
+
+
+@dataclass(frozen=True)
+class List:
+    """Show the algorithms that --algo takes, and where each was published."""
+
+    json: bool = False
+    """Print them with all their settings as JSON."""
+
+    def run(self) -> int:
+        from mve.config import PRESETS
+
+        if self.json:
+            presets = {name: _plain(preset._asdict()) for name, preset in PRESETS.items()}
+            print(json.dumps(presets, indent=2))
+            return 0
+        table = Table("name", "what it is", "published", box=None, header_style="bold", padding=(0, 2, 1, 0))
+        for name, preset in PRESETS.items():
+            table.add_row(Text(name, "bold"), Text(preset.summary), Text(preset.paper))
+        Console().print(table)
+        return 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check this machine: versions, devices, drawing, MuJoCo, memory and disk."""
+
+    json: bool = False
+    """Print the findings as JSON."""
+
+    def run(self) -> int:
+        findings = [finding for check in CHECKS for finding in check()]
+        if self.json:
+            print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+        else:
+            table = Table("", "check", "finding", box=None, header_style="bold", padding=(0, 2, 0, 0))
+            colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+            for finding in findings:
+                status = Text(finding.status, colours[finding.status])
+                table.add_row(status, finding.check, Text(finding.detail))  # not markup: jax[cuda13]
+            Console().print(table)
+        return FAILED if any(finding.status == "fail" for finding in findings) else 0
+
+
+COMMANDS = {kind.__name__.lower(): kind for kind in (Train, Eval, Resume, Plot, List, Doctor)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
+    try:
+        command = _parse(list(sys.argv[1:] if argv is None else argv))
+    except UsageError as error:
+        print(f"mve: {error}", file=sys.stderr)
+        return BAD_INPUT
+    if command is None:
+        return 0
+    from mve.types import UserError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = command.run()
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"mve: {_one_line(str(error))}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone, as in `mve list | head -1`; Python would complain again at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _parse(argv: list[str]) -> Any:
+    """The command asked for, or None once help was printed. tyro's boxed complaints become one line."""
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean `mve {near[0]}`?" if near else f"there are {', '.join(COMMANDS)}"
+        raise UsageError(f"unknown command '{argv[0]}'; {hint}")
+    union: Any = None
+    for name, kind in COMMANDS.items():
+        entry = Annotated[kind, subcommand(name=name, prefix_name=False)]
+        union = entry if union is None else union | entry
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                union,
+                prog="mve",
+                description=DESCRIPTION,
+                args=argv or ["--help"],
+                config=(FlagCreatePairsOff, DisallowNone),
+            )
+    except SystemExit as stopped:
+        if not stopped.code:
+            return None
+        raise UsageError(_complaint(complaint.getvalue(), argv[0])) from None
+
+
+def _complaint(boxed: str, command: str) -> str:
+    """The first section of tyro's box, without box and title, and the flag it would have suggested.
+
+    Where stdout is not UTF-8 the box has no sides and its rules are hyphens.
+    """
+    sections: list[list[str]] = [[]]
+    for line in boxed.strip().splitlines()[1:]:
+        text = line.strip().strip("│").strip()
+        if not text.strip("─-╰╯"):
+            sections.append([])
+        else:
+            sections[-1].append(text)
+    sections = [section for section in sections if section] or [["cannot read the command line"]]
+    text = _one_line(" ".join(sections[0])).removeprefix("Error parsing ")
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text)
+    text = re.sub(
+        r"no type matching INT could be instantiated from \[(.*)\]", r"\1 is not a whole number", text
+    )
+    if text.startswith("Missing from"):
+        text = f"{command} needs " + re.sub(r"^Missing from [^:]*: (\S+).*", r"\1", text)
+    near = next((section[1] for section in sections if section[0].startswith("Perhaps you meant")), "")
+    hint = f"; did you mean {near.split()[0].rstrip(',')}?" if near.startswith("--") else ""
+    return f"{text[:1].lower()}{text[1:].rstrip('.')}{hint}; see `mve {command} --help`"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    print(f"mve: warning: {_one_line(str(message))}", file=sys.stderr)
+
+
+def _learn(learner: Learner, steps: int | None) -> int:
+    """Train, then say what came of it and where it lies."""
+    from mve.log import read_evaluations
+
+    try:
+        learner.learn(steps)
+    except KeyboardInterrupt:
+        if (learner.folder / "checkpoints").is_dir():
+            print(f"mve: stopped and saved; go on with: mve resume {learner.folder}", file=sys.stderr)
+        raise
+    rows = read_evaluations(learner.folder)
+    last = rows["step"] == rows["step"].max(initial=0)
+    if last.any():
+        print(f"evaluation   {_spread(rows['return'][last].tolist())}")
+    print(f"run folder   {learner.folder}")
+    print(f"curve        {learner.folder / 'curve.png'}")
+    return 0
+
+
+def _at_least_one(flag: str, number: int) -> int:
+    from mve.types import UserError
+
+    if number < 1:
+        raise UserError(f"{flag} {number}: it has to be 1 or more")
+    return number
+
+
+def _spread(returns: list[float]) -> str:
+    import numpy as np
+
+    count = f"{len(returns)} episode{'s' * (len(returns) != 1)}"
+    span = f"{min(returns):.1f} to {max(returns):.1f}"
+    return f"{np.mean(returns):.1f} ± {np.std(returns):.1f}   ({count}, {span})"
+
+
+def _function(flag: str, place: str | None) -> Callable[..., Any] | None:
+    """The user's own function. Their file is run from its text: nothing is cached beside it."""
+    from mve.types import UserError
+
+    if place is None:
+        return None
+    file, separator, name = place.rpartition(":")
+    if not (file and separator and name):
+        raise UserError(f"--{flag} {place}: write FILE:FUNC, such as rewards.py:{flag}")
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"--{flag} {place}: there is no file {path}")
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
+    found = getattr(module, name, None)
+    if not callable(found):
+        problem = "is not a function" if hasattr(module, name) else "is not there"
+        raise UserError(f"--{flag} {place}: {name} {problem}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Mappings, whatever their kind, as dictionaries, for JSON."""
+    return {k: _plain(v) for k, v in value.items()} if hasattr(value, "items") else value
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report; status is ok, warn or fail."""
+
+    check: str
+    status: str
+    detail: str
+
+
+def _check_versions() -> Iterator[Finding]:
+    from mve.log import versions
+
+    found = versions()
+    yield Finding("mve", "ok" if found["mve"] else "warn", found["mve"] or "not installed: pip install -e .")
+    for name in ("python", "platform", "numpy", "jax", "equinox", "optax", "gymnasium", "mujoco"):
+        yield Finding(
+            name, "ok" if found[name] else "fail", found[name] or f"not installed: pip install {name}"
+        )
+    kinds = ", ".join(f"{device['platform']} ({device['kind']})" for device in found["devices"])
+    idle_gpu = Path("/dev/nvidia0").exists() and all(d["platform"] == "cpu" for d in found["devices"])
+    hint = "; JAX does not see the NVIDIA GPU: pip install -U 'jax[cuda13]'" if idle_gpu else ""
+    yield Finding("devices", "warn" if idle_gpu else "ok", f"{kinds}; {os.cpu_count()} CPU cores{hint}")
+    if (dm_control := _installed("dm-control")) and int(found["mujoco"].split(".")[0]) >= 4:
+        detail = f"{dm_control} does not work with mujoco {found['mujoco']}: pip install 'mujoco>=3.17,<4'"
+        yield Finding("dm-control", "warn", detail)
+
+
+def _installed(package: str) -> str | None:
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
+
+
+def _check_jax() -> Iterator[Finding]:
+    import jax
+    import numpy as np
+
+    x = np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)
+    exact = x.astype(np.float64) @ x.astype(np.float64)
+    error = np.abs(np.asarray(jax.jit(lambda a: a @ a)(x)) - exact).max() / np.abs(exact).max()
+    settings = jax.config.values
+    precision = settings["jax_default_matmul_precision"] or "default"
+    status = "ok" if error < 1e-4 else "warn" if error < 1e-2 else "fail"
+    yield Finding("matmul precision", status, f"{precision}: largest relative error {error:.0e}")
+    cache = settings["jax_compilation_cache_dir"]
+    yield Finding(
+        "compilation cache", "ok", cache or "off; JAX_COMPILATION_CACHE_DIR=DIR keeps compiled code"
+    )
+
+
+def _check_drawing() -> Iterator[Finding]:
+    try:
+        from matplotlib.figure import Figure
+
+        Figure().savefig(io.BytesIO(), format="png")
+        yield Finding("matplotlib", "ok", f"{_installed('matplotlib')} draws")
+    except Exception as error:  # whatever is wrong with it, the doctor reports it and goes on
+        yield Finding("matplotlib", "fail", _one_line(f"{type(error).__name__}: {error}"))
+
+
+def _check_mujoco() -> Iterator[Finding]:
+    try:
+        import gymnasium
+
+        from mve.log import capture_mujoco_warnings
+
+        with capture_mujoco_warnings(None):
+            env = gymnasium.make("HalfCheetah-v5")
+            env.reset(seed=0)
+            env.step(env.action_space.sample())
+            env.close()
+        yield Finding("HalfCheetah-v5", "ok", "steps")
+    except Exception as error:
+        yield Finding("HalfCheetah-v5", "fail", _one_line(f"{type(error).__name__}: {error}"))
+
+
+def _check_room() -> Iterator[Finding]:
+    with contextlib.suppress(OSError):
+        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        if available:
+            yield _room("free memory", int(available[1]) * 1024, SMALLEST_MEMORY_GB)
+    yield _room("free disk", shutil.disk_usage(".").free, SMALLEST_DISK_GB)
+    if not os.access(".", os.W_OK):
+        yield Finding("this folder", "warn", f"{Path.cwd()} is not writable; use --run-dir DIR")
+
+
+def _room(what: str, size: int, least_gb: float) -> Finding:
+    gigabytes = size / 1e9
+    detail = f"{gigabytes:.1f} GB" + (f"; {least_gb:g} GB or more is advised" if gigabytes < least_gb else "")
+    return Finding(what, "warn" if gigabytes < least_gb else "ok", detail)
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    *(_check_versions, _check_jax, _check_drawing),
+    *(_check_mujoco, _check_room),
+)

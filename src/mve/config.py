@@ -1,0 +1,250 @@
+"""One configuration: the settings that live beside the code they configure, and the presets over them.
+
+A preset is a row of data. Precedence: the dataclasses' defaults, then the preset, then the preset's row
+for the task, then what the user sets.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from mve.agents import AGENTS, AgentConfig
+from mve.dynamics import DynamicsConfig
+from mve.envs.base import EnvConfig
+from mve.evaluate import EvaluateConfig
+from mve.targets import TargetsConfig
+from mve.types import Count, Json, NonNegative, Positive, UserError
+
+LARGEST_SEED = 2**31 - 1
+DEFAULT_ALGO = "mve-sac"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """The memory of real transitions."""
+
+    capacity: Positive = 1_000_000
+    """Transitions kept, at most; no more is ever allocated than the budget of steps can fill."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: how many real steps, and how much learning for each."""
+
+    total_steps: Count = 0
+    """Environment steps; 0: 25 full-length episodes, 25 000 where episodes have no time limit."""
+    block_steps: Positive = 20
+    """Real steps collected with one policy before learning goes on (paper: 100)."""
+    learning_starts: Count = 1000
+    """Environment steps before the first update of the agent (released code of the paper: 10 000)."""
+    updates_per_step: NonNegative = 1.0
+    """Updates of the agent per environment step (paper: 4)."""
+    warmup: Literal["uniform", "policy"] = "uniform"
+    """Actions before learning starts: uniform over the box, or the untrained exploration policy (the paper's code)."""
+    checkpoint_interval: Positive = 5000
+    """Environment steps between checkpoints; one is always written at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides a run, but for the user's own functions and environment instances."""
+
+    algo: str
+    learner: str
+    seed: Count
+    agent: AgentConfig
+    env: EnvConfig = field(default_factory=EnvConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+class Preset(NamedTuple):
+    """A published method, or ours, as settings."""
+
+    summary: str
+    paper: str
+    learner: Literal["ddpg", "td3", "sac"]
+    settings: Mapping[str, object]
+    tasks: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})  # by prefix of the task's name
+
+
+_POSITIONS = {"env.kwargs": {"exclude_current_positions_from_observation": False}}
+
+_MVE_2018 = {
+    "targets.estimator": "mve_tdk",
+    "dynamics.hidden": [128] * 8,
+    "dynamics.activation": "relu",
+    "dynamics.members": 1,
+    "dynamics.batch_size": 512,
+    "dynamics.fits_per_step": 4.0,
+    "dynamics.initial_fits": 0,
+    "dynamics.learning_starts": 5000,
+    "dynamics.termination": "never",
+    "dynamics.stay_in_data": False,
+    "train.block_steps": 100,
+    "train.learning_starts": 10_000,
+    "train.updates_per_step": 4.0,
+    "train.warmup": "policy",
+}
+
+# The only tuned rates that are published: those of the authors' July 2018 settings files.
+_RATES_2018 = {
+    "HalfCheetah": {},
+    "Swimmer": {"agent.actor_learning_rate": 1e-4},
+    "Walker2d": {
+        "agent.actor_learning_rate": 1e-4,
+        "agent.critic_learning_rate": 1e-4,
+        "agent.target_rate": 1e-3,
+    },
+}
+_PAPER_HORIZON = {"HalfCheetah": 10, "Swimmer": 10, "Walker2d": 3}
+
+# What expansion adds to TD3 and SAC: four updates a step, as in the paper, want a critic with LayerNorm.
+_EXPANDED = {"targets.estimator": "mve_tdk", "train.updates_per_step": 4.0, "agent.layer_norm": True}
+
+PRESETS: dict[str, Preset] = {
+    "ddpg": Preset(
+        "DDPG with LayerNorm and adaptive parameter noise: the learner that MVE was first built on",
+        "Lillicrap et al. 2016, arXiv 1509.02971",
+        "ddpg",
+        {"train.updates_per_step": 4.0},
+    ),
+    "td3": Preset("Twin delayed DDPG", "Fujimoto et al. 2018, arXiv 1802.09477", "td3", {}),
+    "sac": Preset(
+        "Soft actor-critic with a learned temperature", "Haarnoja et al. 2018, arXiv 1812.05905", "sac", {}
+    ),
+    "mve-ddpg": Preset(
+        "MVE with the TD-k trick on DDPG, learning from 1000 steps on",
+        "Feinberg et al. 2018, arXiv 1803.00101",
+        "ddpg",
+        {"targets.estimator": "mve_tdk", "train.updates_per_step": 4.0},
+    ),
+    "mve-td3": Preset(
+        "MVE with the TD-k trick on TD3",
+        "Feinberg et al. 2018, on Fujimoto et al. 2018",
+        "td3",
+        _EXPANDED,
+    ),
+    "mve-sac": Preset(
+        "MVE with the TD-k trick on SAC: the default",
+        "Feinberg et al. 2018, on Haarnoja et al. 2018",
+        "sac",
+        _EXPANDED,
+    ),
+    "paper": Preset(
+        "MVE-DDPG as the paper describes it: H = 10, 10, 3; batch 512; normalised model",
+        "Feinberg et al. 2018, arXiv 1803.00101",
+        "ddpg",
+        {**_MVE_2018, "targets.horizon_steps": 10},
+        {
+            task: {**_POSITIONS, **rates, "targets.horizon_steps": _PAPER_HORIZON[task]}
+            for task, rates in _RATES_2018.items()
+        },
+    ),
+    "repo2018": Preset(
+        "MVE-DDPG as its authors' last released settings have it: H = 5; batch 64; no normalisation; "
+        "time limits end all reward",
+        "Feinberg et al. 2018, code of July 2018",
+        "ddpg",
+        {
+            **_MVE_2018,
+            "targets.horizon_steps": 5,
+            "agent.batch_size": 64,
+            "dynamics.normalise": False,
+            "env.truncation_is_terminal": True,
+        },
+        {task: {**_POSITIONS, **rates} for task, rates in _RATES_2018.items()},
+    ),
+}
+
+
+def build(env_id: str, algo: str | None = None, assignments: Sequence[str] = (), seed: int = 0) -> Config:
+    """The configuration of a preset on a task, with the user's `section.field=value` on top."""
+    algo = algo or DEFAULT_ALGO
+    if algo not in PRESETS:
+        raise UserError(f"unknown algorithm '{algo}'{_nearest(algo, PRESETS)}; `mve list` shows them all")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed {seed} is out of range; it has to be 0 to {LARGEST_SEED}")
+    preset = PRESETS[algo]
+    data: Json = {"algo": algo, "learner": preset.learner, "seed": seed, "env": {"id": env_id}}
+    for prefix, settings in {"": preset.settings, **preset.tasks}.items():
+        if env_id.startswith(prefix):
+            for name, value in settings.items():
+                _assign(data, name, value)
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator:
+            raise UserError(f"cannot read the setting '{assignment}'; write section.field=value")
+        _assign(data, name.strip(), _literal(text.strip()))
+    return from_json(data)
+
+
+def _literal(text: str) -> object:
+    """JSON where it is JSON (numbers, lists, true), the text itself where it is not."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _assign(data: Json, name: str, value: object) -> None:
+    section, _, setting = name.partition(".")
+    if section in ("algo", "learner", "seed") or not setting:
+        raise UserError(f"cannot set '{name}'; settings are section.field, such as train.updates_per_step")
+    data.setdefault(section, {})[setting] = value
+
+
+def _nearest(name: str, names: Sequence[str] | Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}" if near else ""
+
+
+def to_json(config: Config) -> Json:
+    """Plain data, enough to build the same configuration again."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def from_json(data: Json) -> Config:
+    """The configuration that plain data describes; unknown names and bad values are refused by name."""
+    learner = data.get("learner")
+    if learner not in AGENTS:
+        raise UserError(f"config: learner {learner!r} is not one of {', '.join(AGENTS)}")
+    sections: dict[str, Any] = {"agent": AGENTS[learner][0]}
+    for f in fields(Config):
+        if isinstance(f.default_factory, type) and is_dataclass(f.default_factory):
+            sections[f.name] = f.default_factory
+    names = [f.name for f in fields(Config)]
+    arguments: Json = {}
+    for name, value in data.items():
+        if name not in names:
+            raise UserError(f"unknown settings section '{name}'{_nearest(name, names)}")
+        arguments[name] = _section(name, sections[name], value) if name in sections else value
+    arguments.setdefault("agent", sections["agent"]())
+    return Config(**arguments)
+
+
+def _section(name: str, section: type, data: Any) -> Any:
+    known = [f.name for f in fields(section)]
+    for setting in data:
+        if setting not in known:
+            raise UserError(f"unknown setting '{name}.{setting}'{_nearest(setting, known)}")
+    try:
+        return msgspec.convert(data, section)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$.")
+        setting = place.rstrip("`") or name
+        setting = setting.partition("[")[0]
+        value, kind = data.get(setting), get_type_hints(section).get(setting)
+        if get_origin(kind) is Literal:
+            reason = f"it has to be one of {', '.join(map(str, get_args(kind)))}"
+        raise UserError(f"setting {name}.{setting} = {value!r}: {reason}") from error

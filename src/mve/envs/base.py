@@ -1,0 +1,55 @@
+"""Stage 1, act: what every environment adapter offers the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+
+from mve.types import Known, Transition
+
+# obs (S,) -> action (A,) in [-1, 1]
+HostPolicy: TypeAlias = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """Which task, and how its ends are read."""
+
+    id: str = ""
+    """Gymnasium id, such as HalfCheetah-v5; empty for an environment instance."""
+    kwargs: dict[str, Any] | None = None
+    """Keyword arguments of gymnasium.make."""
+    truncation_is_terminal: bool = False
+    """Treat a time limit as the end of all reward, as the MVE paper's code did; False keeps the bootstrap."""
+
+
+class EnvSpec(NamedTuple):
+    """What the networks need to know of an environment."""
+
+    name: str
+    obs_size: int
+    action_size: int
+    max_episode_steps: int | None
+    known: Known  # true functions of (obs, action in [-1, 1], next_obs), where there are any
+
+
+class Episode(NamedTuple):
+    """One that has ended."""
+
+    ret: float
+    length: int
+
+
+class Env(Protocol):
+    """One environment, collected in blocks; episodes run on across them."""
+
+    spec: EnvSpec
+
+    def collect(self, policy: HostPolicy, num_steps: int) -> tuple[Transition, list[Episode]]:
+        """The next `num_steps` real steps as a batch (T, ...), and the episodes that ended within."""
+        ...
+
+    def close(self) -> None: ...

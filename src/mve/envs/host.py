@@ -1,0 +1,158 @@
+"""Gymnasium environments on the CPU: ids, instances, your own class."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import gymnasium as gym
+import jax.numpy as jnp
+import numpy as np
+from gymnasium.spaces import Box
+
+from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy
+from mve.envs.known import known_functions
+from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
+
+LARGEST_SEED = 2**31 - 1
+EPISODE_STREAM = 1  # first word of the seeds of training episodes; evaluation and exploration have others
+
+
+def make(config: EnvConfig) -> gym.Env:
+    """A fresh environment of that id; a typing mistake gets the nearest names."""
+    try:
+        return gym.make(config.id, **(config.kwargs or {}))
+    except (gym.error.NameNotFound, gym.error.VersionNotFound, gym.error.NamespaceNotFound) as error:
+        near = difflib.get_close_matches(config.id, list(gym.registry), n=3, cutoff=0.5)
+        hint = f"; nearest: {', '.join(near)}" if near else "; see gymnasium.registry for the names"
+        raise UserError(f"unknown environment '{config.id}'{hint}") from error
+    except (gym.error.Error, ImportError, TypeError) as error:
+        raise UserError(f"cannot make environment '{config.id}': {_one_line(error)}") from error
+
+
+def native_action(space: Box, action: np.ndarray) -> np.ndarray:
+    """Actions in [-1, 1] stretched over the box, whatever its limits, in its own type."""
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    return np.clip(low + (action + 1.0) * 0.5 * (high - low), low, high).astype(space.dtype)
+
+
+def _one_line(x: object) -> str:
+    return " ".join(str(x).split()) or type(x).__name__
+
+
+def _check_spaces(env: gym.Env, name: str) -> tuple[Box, Box]:
+    obs, action = env.observation_space, env.action_space
+    if not isinstance(obs, Box) or len(obs.shape) != 1:
+        raise UserError(
+            f"{name}: observation space {_one_line(obs)} is not supported; it has to be a Box with one axis "
+            "(wrap it with gymnasium.wrappers.FlattenObservation)"
+        )
+    if not isinstance(action, Box) or len(action.shape) != 1:
+        raise UserError(
+            f"{name}: action space {_one_line(action)} is not supported; it has to be a Box with one axis (continuous control)"
+        )
+    if not (np.isfinite(action.low).all() and np.isfinite(action.high).all() and (action.low < action.high).all()):
+        raise UserError(
+            f"{name}: action space {_one_line(action)} has unbounded or empty ranges; "
+            "give it finite limits (gymnasium.wrappers.RescaleAction or ClipAction)"
+        )
+    return obs, action
+
+
+class HostEnv:
+    """One Gymnasium environment, stepped on the host.
+
+    The agent's actions in [-1, 1] are stretched over the action box, whatever its limits. Every episode
+    is reset with a seed of its own, a function of the run's seed and the episode's number: an episode is
+    then the same whatever came before it.
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        *,
+        seed: int,
+        truncation_is_terminal: bool = False,
+        reward_fn: RewardFn | None = None,
+        termination_fn: TerminationFn | None = None,
+    ):
+        name = env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+        obs_space, action_space = _check_spaces(env, name)
+        self._env = env
+        self._action_space = action_space
+        self._seed = seed
+        self._truncation_is_terminal = truncation_is_terminal
+        self._obs: np.ndarray | None = None
+        self._return, self._length = 0.0, 0
+        self.num_episodes = 0
+        self.num_steps = 0
+        limit = env.spec.max_episode_steps if env.spec is not None else None
+        shipped = known_functions(env)
+        known = Known(reward_fn or shipped.reward, termination_fn or shipped.termination)
+        self.spec = EnvSpec(
+            name=name,
+            obs_size=obs_space.shape[0],
+            action_size=action_space.shape[0],
+            max_episode_steps=limit,
+            known=self._with_scaled_actions(known),
+        )
+
+    def _with_scaled_actions(self, known: Known) -> Known:
+        """The same functions for actions in [-1, 1]: outside this folder there is no other kind."""
+        low, high = jnp.float32(self._action_space.low), jnp.float32(self._action_space.high)
+
+        def native(action: Any) -> Any:
+            shape = action.shape
+            return jnp.broadcast_to(low, shape) + (action + 1.0) * jnp.broadcast_to(0.5 * (high - low), shape)
+
+        reward_fn, termination_fn = known
+        reward = reward_fn and (lambda obs, action, next_obs: reward_fn(obs, native(action), next_obs))
+        termination = termination_fn and (
+            lambda obs, action, next_obs: termination_fn(obs, native(action), next_obs)
+        )
+        return Known(reward, termination)
+
+    def _reset(self) -> np.ndarray:
+        seed = int(np.random.default_rng([EPISODE_STREAM, self._seed, self.num_episodes]).integers(LARGEST_SEED))
+        obs, _ = self._env.reset(seed=seed)
+        self._return, self._length = 0.0, 0
+        return self._checked(obs)
+
+    def _checked(self, obs: Any) -> np.ndarray:
+        obs = np.asarray(obs, np.float32)
+        if obs.shape != (self.spec.obs_size,) or not np.isfinite(obs).all():
+            raise UserError(
+                f"{self.spec.name}: observation after step {self.num_steps} is "
+                f"{'not finite' if obs.shape == (self.spec.obs_size,) else f'of shape {obs.shape}'}: {_one_line(obs)}"
+            )
+        return obs
+
+    def collect(self, policy: HostPolicy, num_steps: int) -> tuple[Transition, list[Episode]]:
+        """The next `num_steps` real steps as a batch (T, ...), and the episodes that ended within.
+
+        `continuation` is made here, once: 1 - terminated; a time limit leaves it at 1 unless the
+        environment was told otherwise. `next_obs` is what the step returned, never a reset.
+        """
+        rows, ended = [], []
+        for _ in range(num_steps):
+            obs = self._reset() if self._obs is None else self._obs
+            action = np.asarray(policy(obs), np.float32)
+            next_obs, reward, terminated, truncated, _ = self._env.step(native_action(self._action_space, action))
+            self.num_steps += 1
+            next_obs, reward = self._checked(next_obs), float(reward)
+            if not np.isfinite(reward):
+                raise UserError(f"{self.spec.name}: reward of step {self.num_steps} is {reward}")
+            over = terminated or (truncated and self._truncation_is_terminal)
+            rows.append((obs, action, reward, next_obs, 1.0 - over, self.num_episodes, self.num_steps))
+            self._return, self._length = self._return + reward, self._length + 1
+            self._obs = next_obs
+            if terminated or truncated:
+                ended.append(Episode(self._return, self._length))
+                self._obs = None
+                self.num_episodes += 1
+        columns = zip(*rows, strict=True)
+        dtypes = (np.float32,) * 5 + (np.int32,) * 2
+        return Transition(*(np.array(c, d) for c, d in zip(columns, dtypes, strict=True))), ended  # pyright: ignore[reportArgumentType]
+
+    def close(self) -> None:
+        self._env.close()

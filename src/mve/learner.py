@@ -1,0 +1,450 @@
+"""A run: one environment, one training state, one folder. The loop's outside, where time passes.
+
+The names are Stable-Baselines3's (`learn`, `predict`, `save`, `load`), so that scripts carry over.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mve import checkpoint, config, log, plot, train
+from mve.config import Config
+from mve.dynamics import DynamicsConfig
+from mve.envs import host
+from mve.envs.base import EnvSpec, Episode
+from mve.envs.host import HostEnv
+from mve.evaluate import Evaluation, evaluate
+from mve.networks import Policy
+from mve.train import Recipe, TrainState
+from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
+
+EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
+EPISODES_IN_BUDGET, BUDGET_WITHOUT_LIMIT = 25, 25_000
+SHORT_BUDGET = 100_000  # environment steps below which evaluations come every 1000 steps
+RECENT_EPISODES = 10
+
+
+def _never(obs: Any, action: Any, next_obs: Any) -> Any:
+    """The termination function of a rollout that does not end."""
+    return jnp.zeros(next_obs.shape[:-1], bool)
+
+
+class Learner:
+    """Trains a policy for a Gymnasium task by model-based value expansion, or by its base learner.
+
+        learner = Learner("Pendulum-v1").learn()
+        action, _ = learner.predict(obs)
+
+    `env` is an id or an environment; `algo` one of `mve list`; `settings` are `section.field=value`.
+    `reward_fn` and `termination_fn` are JAX functions (obs, action, next_obs), any leading axes, in the
+    environment's own units; without them the model learns both. An instance is copied for evaluation
+    unless `eval_env` is given. Nothing is written before `learn` or `save`.
+    """
+
+    def __init__(
+        self,
+        env: str | gym.Env,
+        algo: str | None = None,
+        *,
+        seed: int = 0,
+        run_dir: Path | str | None = None,
+        settings: Sequence[str] = (),
+        reward_fn: RewardFn | None = None,
+        termination_fn: TerminationFn | None = None,
+        eval_env: gym.Env | None = None,
+        quiet: bool = False,
+    ):
+        with log.capture_mujoco_warnings(None):
+            name = env if isinstance(env, str) else _name(env)
+            built = config.build(name, algo, settings, seed)
+            if not isinstance(env, str):
+                built = replace(built, env=replace(built.env, id=""))
+            self._set_up(built, env, eval_env, reward_fn, termination_fn, quiet)
+        self.folder = Path(run_dir) if run_dir is not None else _free_folder(self.spec.name, built)
+        self._fresh = True
+        self._state = train.init(self._recipe, self._capacity(), seed)
+
+    def _set_up(
+        self,
+        built: Config,
+        env: str | gym.Env,
+        eval_env: gym.Env | None,
+        reward_fn: RewardFn | None,
+        termination_fn: TerminationFn | None,
+        quiet: bool,
+    ) -> None:
+        """Everything but the training state and the folder."""
+        instance = host.make(built.env) if isinstance(env, str) else env
+        self._env = HostEnv(
+            instance,
+            seed=built.seed,
+            truncation_is_terminal=built.env.truncation_is_terminal,
+            reward_fn=reward_fn,
+            termination_fn=termination_fn,
+        )
+        self.spec: EnvSpec = self._env.spec
+        self.config = _with_budgets(built, self.spec)
+        known = _known(self.config.dynamics, self.spec, self.config.env.id)
+        self._recipe = Recipe(
+            obs_size=self.spec.obs_size,
+            action_size=self.spec.action_size,
+            known=known,
+            agent=self.config.agent,
+            dynamics=self.config.dynamics,
+            targets=self.config.targets,
+        )
+        self._instance, self._eval_env = instance, eval_env
+        self._eval_envs: list[gym.Env] = []
+        self._user_functions = [
+            name for name, fn in (("reward", reward_fn), ("termination", termination_fn)) if fn is not None
+        ]
+        self._quiet = quiet
+        self._seconds_before = 0.0
+        self._policy: Policy | None = None
+        self._stop = False
+
+    @property
+    def num_timesteps(self) -> int:
+        """Real environment steps so far."""
+        return int(self._state.num_env_steps)
+
+    def _capacity(self) -> int:
+        return min(self.config.replay.capacity, self.config.train.total_steps)
+
+    # Acting
+
+    def _host_policy(self) -> Policy:
+        """The deterministic policy with NumPy leaves. Copied: the device's buffers are donated later."""
+        if self._policy is None:
+            self._policy = jax.tree.map(np.array, self._state.agent.policy())
+        return self._policy
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, None]:
+        """Action in the environment's own units for one observation (S,) or a batch (n, S), and None.
+
+        The second value stands where recurrent policies of other libraries return their state.
+        """
+        del state, episode_start
+        obs = np.asarray(observation, np.float32)
+        if obs.shape[-1:] != (self.spec.obs_size,):
+            raise UserError(f"predict: observation of shape {obs.shape}; expected (..., {self.spec.obs_size})")
+        noise = np.zeros((*obs.shape[:-1], self.spec.action_size), np.float32)
+        policy = self._host_policy()
+        if not deterministic:
+            noise = np.random.default_rng().standard_normal(noise.shape, np.float32)
+            policy = _on_host(train.exploration_policy(self._state))
+        space = self._instance.action_space
+        assert isinstance(space, gym.spaces.Box)
+        return host.native_action(space, policy(obs, noise)), None
+
+    def evaluate(self, episodes: int | None = None) -> Evaluation:
+        """Return and length of episodes under the deterministic policy, in environments of their own."""
+        while len(self._eval_envs) < (wanted := episodes or self.config.evaluate.episodes):
+            self._eval_envs.append(self._another_env())
+        envs = self._eval_envs[:wanted]
+        return evaluate(envs, self._host_policy(), seed=self.config.seed, step=self.num_timesteps)
+
+    def _another_env(self) -> gym.Env:
+        if self.config.env.id:
+            return host.make(self.config.env)
+        try:
+            return copy.deepcopy(self._eval_env or self._instance)
+        except Exception as error:
+            raise UserError(f"{self.spec.name} cannot be copied for evaluation: {error}") from error
+
+    # Learning
+
+    def learn(self, total_timesteps: int | None = None) -> Learner:
+        """Train for so many more environment steps, or to the end of the configured budget.
+
+        Ends with an evaluation, a checkpoint and the learning curve. On Ctrl-C the block in hand is
+        finished and saved before KeyboardInterrupt is raised.
+        """
+        if total_timesteps is not None:
+            budget = replace(self.config.train, total_steps=self.num_timesteps + total_timesteps)
+            self.config = replace(self.config, train=budget)
+        _check_schedule(self.config, self._recipe.uses_model)
+        self._open_folder()
+        if self._capacity() > self._state.replay.capacity:
+            self._state = jax.tree_util.tree_map(lambda x: x, self._grown(self._capacity()))
+        total = self.config.train.total_steps
+        records = log.RunLog(self.folder, total, quiet=self._quiet)
+        with log.capture_mujoco_warnings(self.folder), records, self._stop_on_interrupt():
+            self._loop(records, total)
+        plot.curve([self.folder], self.folder / "curve.png")
+        if self._stop:
+            raise KeyboardInterrupt
+        return self
+
+    def _grown(self, capacity: int) -> TrainState:
+        memory = train.replay.grow(self._state.replay, capacity)
+        return TrainState(
+            replay=memory,
+            model=self._state.model,
+            agent=self._state.agent,
+            num_env_steps=self._state.num_env_steps,
+            key=self._state.key,
+        )
+
+    def _loop(self, records: log.RunLog, total: int) -> None:
+        settings, started, first = self.config.train, time.perf_counter(), self.num_timesteps
+        recent: deque[Episode] = deque(maxlen=RECENT_EPISODES)
+        step, metrics = first, {}
+        interval = self.config.evaluate.interval_steps
+        while step < total and not self._stop:
+            before, count = step, min(settings.block_steps, total - step)
+            block, ended = self._env.collect(self._acting(before), count)
+            recent.extend(ended)
+            step += count
+            metrics = self._learn(block, before, step) or metrics
+            elapsed = self._seconds_before + time.perf_counter() - started
+            fields = _progress_fields(metrics, recent, step - first, elapsed - self._seconds_before)
+            records.progress(step, fields)
+            due = _crosses(before, step, interval) or step == total
+            if due or _crosses(before, step, max(interval // 5, 1)):
+                rollout = _rollout_metrics(recent, elapsed, step)
+                records.record(step, rollout | metrics | (self._judge(records, step) if due else {}))
+            if _crosses(before, step, settings.checkpoint_interval) or step == total or self._stop:
+                self._save(self.folder, elapsed)
+
+    def _learn(self, block: Transition, before: int, step: int) -> dict[str, float]:
+        """One block into the state; its metrics, empty before anything is learned."""
+        cfg = self.config
+        fits = updates = 0
+        if self._recipe.uses_model:
+            d = cfg.dynamics
+            fits = _due(step, d.learning_starts, d.fits_per_step, d.initial_fits)
+            fits -= _due(before, d.learning_starts, d.fits_per_step, d.initial_fits)
+        t = cfg.train
+        updates = _due(step, t.learning_starts, t.updates_per_step)
+        updates -= _due(before, t.learning_starts, t.updates_per_step)
+        padding = t.block_steps - (step - before)
+        padded: Transition = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1]).repeat(padding, 0)]), block)
+        counts = (np.int32(step - before), np.int32(fits), np.int32(updates))
+        self._state, metrics = train.learn(self._state, padded, *counts, self._recipe)
+        self._policy = None
+        if step <= t.learning_starts:
+            return {}
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not np.isfinite(numbers["train/critic_loss"]):
+            raise UserError(f"training diverged: the critic's loss is not finite at step {step}")
+        numbers["train/n_updates"] = float(_due(step, t.learning_starts, t.updates_per_step))
+        numbers["mve/horizon"] = float(cfg.targets.imagined_steps)
+        return numbers
+
+    def _acting(self, step: int) -> Any:
+        """What collects the block that starts at `step`: its draws depend on the seed and the step only."""
+        t, rng = self.config.train, np.random.default_rng([EXPLORATION_STREAM, self.config.seed, step])
+        size = (t.block_steps, self.spec.action_size)
+        if step < t.learning_starts and t.warmup == "uniform":
+            actions = iter(rng.uniform(-1.0, 1.0, size).astype(np.float32))
+            return lambda obs: next(actions)
+        policy = _on_host(train.exploration_policy(self._state))
+        noise = iter(rng.standard_normal(size, np.float32))
+        return lambda obs: policy(obs, next(noise))
+
+    def _judge(self, records: log.RunLog, step: int) -> dict[str, float]:
+        result = self.evaluate()
+        records.evaluation(step, result.returns.tolist(), result.lengths.tolist())
+        return {
+            "eval/mean_reward": float(result.returns.mean()),
+            "eval/std_reward": float(result.returns.std()),
+            "eval/mean_ep_length": float(result.lengths.mean()),
+        }
+
+    @contextmanager
+    def _stop_on_interrupt(self) -> Iterator[None]:
+        """Ctrl-C asks the loop to finish its block; a second one stops at once."""
+        self._stop = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(signum: int, frame: Any) -> None:
+            del signum, frame
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        previous = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    # The run folder
+
+    def _open_folder(self) -> None:
+        if self._fresh and (self.folder / "config.json").exists():
+            raise UserError(
+                f"{self.folder} already holds a run; continue it with `mve resume {self.folder}` or choose another folder"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_facts(self.folder)
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.folder}: {error.strerror}") from error
+        self._fresh = False
+
+    def _write_facts(self, folder: Path) -> None:
+        facts = config.to_json(self.config) | {"task": self.spec.name, "user_functions": self._user_functions}
+        log.write_json(folder / "config.json", facts)
+        log.write_versions(folder)
+
+    def _save(self, folder: Path, seconds: float) -> None:
+        facts = {
+            "num_env_steps": self.num_timesteps,
+            "num_episodes": self._env.num_episodes,
+            "seconds": seconds,
+        }
+        checkpoint.save(folder / "checkpoints", self._state, facts)
+
+    def save(self, folder: Path | str) -> None:
+        """Configuration and training state, replay included, into a folder that `load` reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_facts(folder)
+        self._save(folder, self._seconds_before)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        env: gym.Env | None = None,
+        *,
+        reward_fn: RewardFn | None = None,
+        termination_fn: TerminationFn | None = None,
+        eval_env: gym.Env | None = None,
+        quiet: bool = False,
+    ) -> Learner:
+        """The learner of a run folder, at its newest checkpoint. Nothing in the folder is executed.
+
+        An environment instance, and functions the user had given, have to be given again. The episode
+        that was running at the checkpoint is begun anew.
+        """
+        folder = Path(folder)
+        data = log.read_json(folder / "config.json", what="run folder")
+        data.pop("task", None)
+        missing = {"reward": reward_fn, "termination": termination_fn}
+        for name in data.pop("user_functions", []):
+            if missing[name] is None:
+                raise UserError(f"{folder} was trained with your own {name} function; give it again (--{name} FILE:FUNC)")
+        built = config.from_json(data)
+        if env is None and not built.env.id:
+            raise UserError(f"{folder} was trained on an environment instance; give it again: load(folder, env)")
+        learner = cls.__new__(cls)
+        with log.capture_mujoco_warnings(None):
+            learner._set_up(built, env or built.env.id, eval_env, reward_fn, termination_fn, quiet)
+        learner.folder, learner._fresh = folder, False
+        template = jax.eval_shape(lambda: train.init(learner._recipe, learner._capacity(), 0))
+        state, facts = checkpoint.restore(folder / "checkpoints", template)
+        learner._state = jax.tree.map(jnp.asarray, state)
+        learner._env.num_steps, learner._env.num_episodes = facts["num_env_steps"], facts["num_episodes"] + 1
+        learner._seconds_before = facts["seconds"]
+        log.RunLog.truncate(folder, facts["num_env_steps"])
+        return learner
+
+
+def _name(env: gym.Env) -> str:
+    return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+
+
+def _on_host(policy: Policy) -> Policy:
+    return jax.tree.map(np.array, policy)
+
+
+def _free_folder(name: str, built: Config) -> Path:
+    """runs/ENV/ALGO/seed-S, or the first of seed-S-2, seed-S-3, ... that holds no run yet."""
+    base = Path("runs") / name.replace("/", "-").replace(":", "-") / built.algo / f"seed-{built.seed}"
+    folder, n = base, 1
+    while (folder / "config.json").exists():
+        n += 1
+        folder = base.with_name(f"{base.name}-{n}")
+    return folder
+
+
+def _with_budgets(built: Config, spec: EnvSpec) -> Config:
+    """Numbers in place of 0 for the settings that depend on the task."""
+    total, interval = built.train.total_steps, built.evaluate.interval_steps
+    limit = spec.max_episode_steps
+    total = total or (EPISODES_IN_BUDGET * limit if limit else BUDGET_WITHOUT_LIMIT)
+    interval = interval or (1000 if total < SHORT_BUDGET else 5000)
+    return replace(
+        built,
+        train=replace(built.train, total_steps=total),
+        evaluate=replace(built.evaluate, interval_steps=interval),
+    )
+
+
+def _known(settings: DynamicsConfig, spec: EnvSpec, name: str) -> Known:
+    """The true functions that the model may use; None for what it learns."""
+    for what, wanted, fn in (
+        ("reward", settings.reward, spec.known.reward),
+        ("termination", settings.termination, spec.known.termination),
+    ):
+        if wanted == "known" and fn is None:
+            raise UserError(f"{name}: no {what} function is known; give one, or set dynamics.{what}=learned")
+    reward = None if settings.reward == "learned" else spec.known.reward
+    termination = None if settings.termination == "learned" else spec.known.termination
+    return Known(reward, _never if settings.termination == "never" else termination)
+
+
+def _check_schedule(cfg: Config, uses_model: bool) -> None:
+    if cfg.train.total_steps <= cfg.train.learning_starts:
+        raise UserError(
+            f"a budget of {cfg.train.total_steps} steps ends before learning starts "
+            f"(train.learning_starts = {cfg.train.learning_starts}); raise --steps or lower that setting"
+        )
+    if uses_model and cfg.dynamics.learning_starts > cfg.train.learning_starts:
+        raise UserError(
+            f"dynamics.learning_starts = {cfg.dynamics.learning_starts} is after train.learning_starts = "
+            f"{cfg.train.learning_starts}: the agent would imagine with a model that was never fitted"
+        )
+
+
+def _due(step: int, starts: int, per_step: float, initial: int = 0) -> int:
+    """Updates owed by `step`: none before `starts`, then `initial`, then so many per step."""
+    return initial + int((step - starts) * per_step) if step > starts else 0
+
+
+def _crosses(before: int, step: int, interval: int) -> bool:
+    return before // interval < step // interval
+
+
+def _rollout_metrics(recent: Sequence[Episode], elapsed: float, step: int) -> dict[str, float]:
+    metrics = {"time/time_elapsed": elapsed, "time/fps": step / max(elapsed, 1e-9)}
+    if recent:
+        metrics["rollout/ep_rew_mean"] = float(np.mean([e.ret for e in recent]))
+        metrics["rollout/ep_len_mean"] = float(np.mean([e.length for e in recent]))
+    return metrics
+
+
+def _progress_fields(
+    metrics: dict[str, float], recent: Sequence[Episode], steps: int, seconds: float
+) -> dict[str, float | str]:
+    fields: dict[str, float | str] = {"steps/s": steps / max(seconds, 1e-9)}
+    if recent:
+        fields["return"] = recent[-1].ret
+    if "model/mse_k1" in metrics:
+        fields["model error"] = metrics["model/mse_k1"]
+    return fields

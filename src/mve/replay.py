@@ -1,0 +1,70 @@
+"""Stage 2, remember: a ring of transitions on the device, as pure functions over a frozen state."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from mve.types import Key, Transition
+
+
+class Replay(eqx.Module):
+    """`rows` has a leading axis of the capacity; the first `size` are filled; `position` is written next."""
+
+    rows: Transition
+    position: jax.Array
+    size: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        return self.rows.reward.shape[0]
+
+
+def init(capacity: int, obs_size: int, action_size: int) -> Replay:
+    rows = Transition(
+        obs=jnp.zeros((capacity, obs_size)),
+        action=jnp.zeros((capacity, action_size)),
+        reward=jnp.zeros((capacity,)),
+        next_obs=jnp.zeros((capacity, obs_size)),
+        continuation=jnp.zeros((capacity,)),
+        episode=jnp.zeros((capacity,), jnp.int32),
+        step=jnp.zeros((capacity,), jnp.int32),
+    )
+    return Replay(rows=rows, position=jnp.int32(0), size=jnp.int32(0))
+
+
+def add(replay: Replay, block: Transition, num_rows: jax.Array) -> Replay:
+    """Write the first `num_rows` rows of a block, over the oldest once the ring is full.
+
+    The block has a fixed length, so that a shorter last block does not compile anew; its unused rows
+    are sent out of bounds, where the scatter drops them.
+    """
+    capacity = replay.capacity
+    offset = jnp.arange(block.reward.shape[0], dtype=jnp.int32)
+    index = jnp.where(offset < num_rows, (replay.position + offset) % capacity, capacity)
+    rows = jax.tree.map(lambda ring, new: ring.at[index].set(new, mode="drop"), replay.rows, block)
+    return Replay(
+        rows=rows,
+        position=(replay.position + num_rows) % capacity,
+        size=jnp.minimum(replay.size + num_rows, capacity),
+    )
+
+
+def sample(replay: Replay, shape: tuple[int, ...], key: Key) -> Transition:
+    """Rows drawn uniformly, with replacement, with leading axes `shape`."""
+    index = jax.random.randint(key, shape, 0, replay.size)
+    return jax.tree.map(lambda ring: ring[index], replay.rows)
+
+
+def grow(replay: Replay, capacity: int) -> Replay:
+    """The same rows in a larger ring. Oldest first, so that a ring that had wrapped stays in order."""
+    order = (jnp.arange(replay.capacity) + jnp.where(replay.size == replay.capacity, replay.position, 0))
+    extra = capacity - replay.capacity
+    rows = jax.tree.map(
+        lambda ring: jnp.concatenate(
+            [ring[order % replay.capacity], jnp.zeros((extra, *ring.shape[1:]), ring.dtype)]
+        ),
+        replay.rows,
+    )
+    return Replay(rows=rows, position=replay.size % capacity, size=replay.size)

@@ -1,0 +1,81 @@
+"""The nouns that flow between the stages. No logic lives here.
+
+Axes, one letter each, horizon first:
+H horizon, B batch, M model members, N critics, K regression rows, S obs, A action, T env time.
+
+r_t is the reward for acting in s_t. `continuation` is 1 - terminated: a time limit keeps it at 1.
+Actions are scaled to [-1, 1] everywhere but inside `envs/`, which speaks the environment's own units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, TypeAlias
+
+import jax
+from jaxtyping import Array, Float, Int
+from msgspec import Meta
+
+Metrics: TypeAlias = dict[str, Array]
+Key: TypeAlias = jax.Array  # a typed PRNG key, consumed by the function that takes it
+
+# (obs, action, next_obs) -> reward or terminated, in the environment's own units, any leading axes.
+RewardFn: TypeAlias = Callable[[Array, Array, Array], Array]
+TerminationFn: TypeAlias = Callable[[Array, Array, Array], Array]
+
+# The three functions that a rollout and an estimator are given.
+StepFn: TypeAlias = Callable[[Array, Array, Key], tuple[Array, Array, Array]]  # -> next_obs, reward, continuation
+PolicyFn: TypeAlias = Callable[[Array, Key], tuple[Array, Array]]  # obs, key -> action, bonus of acting
+ValueFn: TypeAlias = Callable[[Array], Array]  # obs (*batch, S) -> one value per critic (N, *batch)
+
+
+class Transition(NamedTuple):
+    """What one environment step leaves behind; also a batch of them."""
+
+    obs: Float[Array, "*batch S"]
+    action: Float[Array, "*batch A"]
+    reward: Float[Array, "*batch"]
+    next_obs: Float[Array, "*batch S"]
+    continuation: Float[Array, "*batch"]
+    episode: Int[Array, "*batch"]  # running number of the episode: neighbours in time share it
+    step: Int[Array, "*batch"]  # environment step at which it was collected: the row's own name
+
+
+class Imagined(NamedTuple):
+    """H model steps under the policy, from a batch of start states."""
+
+    obs: Float[Array, "H+1 *batch S"]
+    action: Float[Array, "H *batch A"]
+    reward: Float[Array, "H *batch"]
+    continuation: Float[Array, "H *batch"]
+    bonus: Float[Array, "H *batch"]  # of acting in state t: 0, or SAC's entropy term
+
+
+class CriticTargets(NamedTuple):
+    """K rows for the critic to regress: every estimator's answer, whichever it was."""
+
+    obs: Float[Array, "K S"]
+    action: Float[Array, "K A"]
+    value: Float[Array, " K"]
+    weight: Float[Array, " K"]  # of the row's squared error; a plain mean has 1/K everywhere
+
+
+class Known(NamedTuple):
+    """True functions of the environment; None where one has to be learned."""
+
+    reward: RewardFn | None = None
+    termination: TerminationFn | None = None
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one line, exit code 2, never a traceback."""
+
+
+# Ranges of settings, checked when a configuration is read.
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Widths = tuple[Positive, ...]
+Rate = Annotated[float, Meta(gt=0, le=1e3)]
+NonNegative = Annotated[float, Meta(ge=0, le=1e9)]
+Unit = Annotated[float, Meta(ge=0, le=1)]
+Json: TypeAlias = dict[str, Any]

@@ -1,0 +1,26 @@
+"""Strictness for every test: no silent broadcasting or casting, no random key used twice."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import optax.tree
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_debug_key_reuse", True)
+
+# optax raises a float to its integer step count, which strict promotion forbids even in other people's code.
+_bias_correction = optax.tree.bias_correction
+
+
+def _with_standard_promotion(*args: Any) -> Any:
+    with jax.numpy_dtype_promotion("standard"):
+        return _bias_correction(*args)
+
+
+optax.tree.bias_correction = _with_standard_promotion

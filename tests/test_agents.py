@@ -1,0 +1,258 @@
+"""The agents: what each promises in its docstring, and the expander's three functions."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mve import agents, train
+from mve.agents import AGENTS, Agent, AgentConfig
+from mve.agents.base import action_values, critic_loss, polyak
+from mve.agents.ddpg import DDPG, adapted_noise_scale, perturb
+from mve.agents.sac import SAC
+from mve.agents.td3 import TD3
+from mve.dynamics import DynamicsConfig
+from mve.networks import MLP, GaussianActor
+from mve.targets import TargetsConfig
+from mve.types import CriticTargets, Known, Transition
+
+OBS, ACTION, ROWS = 3, 2, 8
+NAMES = sorted(AGENTS)
+
+
+def config(name: str, **settings: object) -> AgentConfig:
+    return AGENTS[name][0](hidden=(16,), batch_size=ROWS, **settings)  # pyright: ignore
+
+
+def fresh(name: str, **settings: object) -> Agent:
+    return agents.init(config(name, **settings), OBS, ACTION, jax.random.key(0))
+
+
+def some_targets() -> CriticTargets:
+    keys = jax.random.split(jax.random.key(1), 3)
+    return CriticTargets(
+        obs=jax.random.normal(keys[0], (ROWS, OBS)),
+        action=jnp.tanh(jax.random.normal(keys[1], (ROWS, ACTION))),
+        value=jax.random.normal(keys[2], (ROWS,)),
+        weight=jnp.full(ROWS, 1.0 / ROWS),
+    )
+
+
+def same(a: object, b: object) -> bool:
+    return bool(eqx.tree_equal(a, b))
+
+
+@jax.jit
+def update(agent: Agent, rows: CriticTargets, key: jax.Array) -> Agent:
+    return agent.update(rows, rows.obs, key)[0]
+
+
+def updated(agent: Agent, times: int = 1) -> Agent:
+    for i in range(times):
+        agent = update(agent, some_targets(), jax.random.key(10 + i))
+    return agent
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slow_copies_start_equal_to_their_networks(name: str) -> None:
+    agent = fresh(name)
+    assert same(agent.target_critic, agent.critic)  # pyright: ignore
+    if hasattr(agent, "target_actor"):
+        assert same(agent.target_actor, agent.actor)  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_seeds_give_different_networks(name: str) -> None:
+    other = agents.init(config(name), OBS, ACTION, jax.random.key(1))
+    assert not same(fresh(name), other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_critics_of_one_agent_start_apart(name: str) -> None:
+    q = action_values(fresh(name, critics=3).critic, *some_targets()[:2])  # pyright: ignore
+    assert q.shape == (3, ROWS)
+    assert float(jnp.min(jnp.std(q, axis=0))) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_policy_on_the_host_is_the_policy_on_the_device(name: str) -> None:
+    agent = fresh(name)
+    policy = agent.exploration_policy(jax.random.key(3))
+    obs, noise = np.ones((5, OBS), np.float32), np.full((5, ACTION), 0.3, np.float32)
+    on_host = jax.tree.map(np.array, policy)(obs, noise)
+    assert isinstance(on_host, np.ndarray)
+    np.testing.assert_allclose(on_host, policy(jnp.array(obs), jnp.array(noise)), atol=1e-6)
+    assert np.abs(on_host).max() <= 1.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_update_lowers_the_loss_on_its_own_rows(name: str) -> None:
+    agent = fresh(name)
+    before, _ = critic_loss(agent.critic, some_targets())  # pyright: ignore
+    after, _ = critic_loss(updated(agent, 20).critic, some_targets())  # pyright: ignore
+    assert after < before
+
+
+def test_the_critic_loss_is_a_weighted_sum_of_squares_over_critics_by_hand() -> None:
+    constant = lambda value: MLP(1, 1, (), side_inputs=1, key=jax.random.key(0))  # noqa: E731
+    members = [
+        jax.tree.map(jnp.zeros_like, constant(0)),
+        eqx.tree_at(lambda m: m.layers[0].bias, jax.tree.map(jnp.zeros_like, constant(0)), jnp.array([3.0])),
+    ]
+    critic = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)  # Q_0 = 0, Q_1 = 3
+    rows = CriticTargets(
+        obs=jnp.zeros((2, 1)), action=jnp.zeros((2, 1)), value=jnp.array([1.0, 5.0]), weight=jnp.array([0.5, 0.25])
+    )
+    loss, _ = critic_loss(critic, rows)
+    # Q_0: 0.5 * 1 + 0.25 * 25; Q_1: 0.5 * 4 + 0.25 * 4.
+    np.testing.assert_allclose(loss, 0.5 + 6.25 + 2.0 + 1.0)
+
+
+def test_polyak_moves_by_its_rate() -> None:
+    np.testing.assert_allclose(polyak(jnp.array([0.0, 10.0]), jnp.array([1.0, 0.0]), 0.1), [0.1, 9.0])
+
+
+# --- DDPG ---
+
+
+def test_ddpg_takes_the_actors_gradient_from_the_critic_before_its_step() -> None:
+    agent = fresh("ddpg")
+    assert isinstance(agent, DDPG)
+    far = some_targets()._replace(value=jnp.full(ROWS, 1e3))
+    near = update(agent, some_targets(), jax.random.key(0))
+    wild = update(agent, far, jax.random.key(0))
+    assert isinstance(near, DDPG)
+    assert isinstance(wild, DDPG)
+    assert not same(near.critic, wild.critic)
+    assert same(near.actor, wild.actor)
+
+
+def test_ddpg_moves_its_slow_copies_after_the_step() -> None:
+    old, new = fresh("ddpg"), updated(fresh("ddpg"))
+    assert isinstance(old, DDPG)
+    assert isinstance(new, DDPG)
+    expected = polyak(old.critic, new.critic, old.config.target_rate)
+    for a, b in zip(jax.tree.leaves(new.target_critic), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_parameter_noise_leaves_layer_norm_alone() -> None:
+    agent = fresh("ddpg")
+    assert isinstance(agent, DDPG)
+    noisy = perturb(agent.actor, jnp.float32(0.5), jax.random.key(0))
+    assert same(noisy.net.norms, agent.actor.net.norms)
+    assert agent.actor.net.norms
+    difference = noisy.net.layers[0].weight - agent.actor.net.layers[0].weight
+    assert 0.3 < float(jnp.std(difference)) < 0.7
+
+
+@pytest.mark.parametrize(("scale", "grows"), [(1e-6, True), (1e3, False)])
+def test_parameter_noise_adapts_towards_the_wanted_action_distance(scale: float, grows: bool) -> None:
+    agent = fresh("ddpg")
+    assert isinstance(agent, DDPG)
+    adapted = adapted_noise_scale(agent.actor, jnp.float32(scale), some_targets().obs, 0.2, jax.random.key(0))
+    np.testing.assert_allclose(adapted, scale * 1.01 if grows else scale / 1.01, rtol=1e-6)
+
+
+def test_parameter_noise_adapts_every_so_many_updates_only() -> None:
+    agent = fresh("ddpg", noise_interval=3)
+    assert isinstance(agent, DDPG)
+    scales = [float(updated(agent, n).noise_scale) for n in range(5)]  # pyright: ignore
+    assert scales[0] == scales[1] == scales[2] != scales[3] == scales[4]
+
+
+# --- TD3 ---
+
+
+def test_td3_moves_actor_and_slow_copies_every_second_update() -> None:
+    start = fresh("td3")
+    assert isinstance(start, TD3)
+    one, two = updated(start), updated(start, 2)
+    assert isinstance(one, TD3)
+    assert isinstance(two, TD3)
+    assert same(one.actor, start.actor)
+    assert same(one.target_critic, start.target_critic)
+    assert not same(one.critic, start.critic)
+    assert not same(two.actor, start.actor)
+    assert not same(two.target_critic, start.target_critic)
+
+
+def test_td3_smooths_its_target_actions_within_the_clip() -> None:
+    agent = fresh("td3", target_noise=10.0, target_noise_clip=0.25)
+    obs = some_targets().obs
+    action, bonus = agent.target_policy(obs, jax.random.key(0))
+    difference = np.abs(action - agent.policy()(obs, 0.0))
+    assert difference.max() <= 0.25 + 1e-6
+    assert difference.max() > 0.2
+    np.testing.assert_array_equal(bonus, 0.0)
+
+
+# --- SAC ---
+
+
+def test_the_squashed_gaussian_density_integrates_to_one() -> None:
+    actor = GaussianActor(MLP(1, 2, (), key=jax.random.key(4)))
+    u = jnp.linspace(-12.0, 12.0, 20001)
+    mean, _, std = actor._mean_and_std(jnp.ones((1,)))
+    action, log_density = actor.sample(jnp.ones((20001, 1)), ((u - mean) / std)[:, None])
+    total = jnp.trapezoid(jnp.exp(log_density), action[:, 0])
+    np.testing.assert_allclose(total, 1.0, atol=1e-3)
+
+
+def test_sac_values_are_the_critics_less_the_tempered_log_density() -> None:
+    agent = fresh("sac", initial_temperature=0.5)
+    assert isinstance(agent, SAC)
+    obs = some_targets().obs
+    action, bonus = agent.target_policy(obs, jax.random.key(7))
+    noise = jax.random.normal(jax.random.key(7), (ROWS, ACTION))
+    expected_action, log_density = agent.actor.sample(obs, noise)
+    np.testing.assert_allclose(action, expected_action, rtol=1e-6)
+    np.testing.assert_allclose(bonus, -0.5 * log_density, rtol=1e-5)
+    expected = action_values(agent.target_critic, obs, action) - 0.5 * log_density[None]
+    np.testing.assert_allclose(agent.target_value(obs, jax.random.key(7)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("target_entropy", "rises"), [(100.0, True), (-100.0, False)])
+def test_the_temperature_rises_while_entropy_is_below_its_target(target_entropy: float, rises: bool) -> None:
+    start = fresh("sac", target_entropy=target_entropy)
+    assert isinstance(start, SAC)
+    end = updated(start)
+    assert isinstance(end, SAC)
+    assert (end.log_temperature > start.log_temperature) == rises
+
+
+# --- H = 0 ---
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("estimator", ["mve", "mve_tdk"])
+def test_a_horizon_of_zero_trains_the_base_learner_bit_for_bit(name: str, estimator: str) -> None:
+    results = []
+    for settings in ({"estimator": "one_step"}, {"estimator": estimator, "horizon_steps": 0}):
+        recipe = train.Recipe(
+            obs_size=OBS,
+            action_size=ACTION,
+            known=Known(),
+            agent=config(name),
+            dynamics=DynamicsConfig(hidden=(16,)),
+            targets=TargetsConfig(**settings),  # pyright: ignore
+        )
+        state = train.init(recipe, 100, seed=0)
+        for block in range(3):
+            rng = np.random.default_rng(block)
+            f32 = np.float32
+            rows = Transition(
+                obs=rng.normal(size=(10, OBS)).astype(f32),
+                action=rng.uniform(-1, 1, (10, ACTION)).astype(f32),
+                reward=rng.normal(size=10).astype(f32),
+                next_obs=rng.normal(size=(10, OBS)).astype(f32),
+                continuation=np.ones(10, f32),
+                episode=np.zeros(10, np.int32),
+                step=np.arange(10, dtype=np.int32),
+            )
+            state, _ = train.learn(state, rows, np.int32(10), np.int32(0), np.int32(5), recipe)
+        results.append(state.agent)
+    assert same(*results)

@@ -1,0 +1,392 @@
+"""The commands, run as a user runs them: what they print, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mve import log, plot
+from mve.cli import COMMANDS, main
+from mve.config import PRESETS
+from mve.learner import Learner
+
+# No function of the environment, so that a resumed run finds the compiled one; memory that never grows.
+TINY = [
+    *("agent.hidden=[16]", "agent.batch_size=16", "replay.capacity=200", "targets.horizon_steps=2"),
+    *("dynamics.hidden=[16]", "dynamics.batch_size=16", "dynamics.members=1", "dynamics.initial_fits=5"),
+    *("dynamics.learning_starts=100", "dynamics.reward=learned", "dynamics.termination=never"),
+    *("train.learning_starts=100", "train.updates_per_step=0.5"),
+    *("evaluate.episodes=2", "evaluate.interval_steps=160"),
+]
+
+
+def train_tiny(folder: Path, *more: str) -> int:
+    return main(["train", "Pendulum-v1", "--run-dir", str(folder), "--set", *TINY, *more])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One training serves all tests, which must leave it as it is."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert train_tiny(folder, "--steps", "320", "--set", "targets.discount=0.9", "--quiet") == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the trained run, in the folder that the command is run from."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, tmp_path / "run")
+    return Path("run")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr with which the command line is refused."""
+    capsys.readouterr()
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("mve: ")
+    assert err.count("\n") == 1
+    return err.strip()
+
+
+def python(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, timeout=120, env=environment
+    )
+
+
+# Help and mistakes in the command line
+
+
+def test_help_comes_within_half_a_second_and_without_jax() -> None:
+    asks = (
+        "import sys, time; start = time.perf_counter(); from mve.cli import main; code = main(['--help']);"
+        "print(code, 'jax' in sys.modules, 'gymnasium' in sys.modules, time.perf_counter() - start)"
+    )
+    attempts = [python("-c", asks) for _ in range(3)]  # the machine may be busy: the best one counts
+    code, jax, gymnasium, seconds = min((a.stdout.split()[-4:] for a in attempts), key=lambda x: float(x[-1]))
+    assert (code, jax, gymnasium) == ("0", "False", "False")
+    assert float(seconds) < 0.5
+    assert all(command in attempts[0].stdout for command in COMMANDS)
+
+
+def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "usage: mve" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"usage: mve {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("trian Pendulum-v1", "mve: unknown command 'trian'; did you mean `mve train`?"),
+        ("xyz", "mve: unknown command 'xyz'; there are train, eval, resume, plot, list, doctor"),
+        ("train", "mve: train needs ENV; see `mve train --help`"),
+        ("eval", "mve: eval needs RUN; see `mve eval --help`"),
+        (
+            "train Pendulum-v1 --stesp 4",
+            "mve: unrecognized options: --stesp, 4; did you mean --steps?; see `mve train --help`",
+        ),
+        ("train Pendulum-v1 --steps x", "mve: --steps: 'x' is not a whole number; see `mve train --help`"),
+        ("eval run --episodes 3.5", "mve: --episodes: '3.5' is not a whole number; see `mve eval --help`"),
+        ("plot", "mve: plot: no run folder is given; see `mve plot --help`"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line(
+    argv: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(capsys, *argv.split()) == message
+
+
+def test_what_tyro_says_is_one_line_in_any_encoding() -> None:
+    for encoding in ("utf-8", "ascii"):
+        asks = "from mve.cli import main; print(main(['train', 'Pendulum-v1', '--seed', 'x']))"
+        done = python("-X", "utf8=0", "-c", asks, PYTHONIOENCODING=encoding)
+        assert done.stderr == "mve: --seed: 'x' is not a whole number; see `mve train --help`\n"
+        assert done.stdout == "2\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("train Pendulum-v11", ["Pendulum-v11", "Pendulum-v1"]),
+        ("train Pendulm-v1", ["unknown environment 'Pendulm-v1'", "nearest: Pendulum-v1"]),
+        ("train CartPole-v1", ["CartPole-v1", "action space"]),
+        ("train Pendulum-v1 --algo mve-sca", ["unknown algorithm 'mve-sca'", "nearest: mve-sac"]),
+        ("train Pendulum-v1 --set dynamics.membres=3", ["dynamics.membres", "nearest: members"]),
+        ("train Pendulum-v1 --set dynamics.members=lots", ["dynamics.members", "lots"]),
+        ("train Pendulum-v1 --set dynamics.members", ["dynamics.members", "section.field=value"]),
+        ("train Pendulum-v1 --steps 0", ["--steps 0", "1 or more"]),
+        ("train Pendulum-v1 --seed -1", ["seed -1"]),
+        ("train Pendulum-v1 --reward rewards.py", ["--reward rewards.py", "FILE:FUNC"]),
+        ("train Pendulum-v1 --reward nowhere.py:reward", ["there is no file nowhere.py"]),
+        ("eval nowhere", ["nowhere is not a run folder", "there is no such folder"]),
+        ("eval .", ["not a run folder", "config.json"]),
+        ("eval nowhere --episodes 0", ["--episodes 0", "1 or more"]),
+        ("resume nowhere", ["nowhere is not a run folder"]),
+        ("plot nowhere", ["nowhere is not a run folder"]),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_writes_nothing(
+    argv: str,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refused(capsys, *argv.split())
+    for word in words:
+        assert word in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_function_that_is_not_there_or_not_one_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("number = 1\n")
+    where = f"--reward {file}"
+    assert refused(capsys, "train", "Pendulum-v1", "--reward", f"{file}:absent") == (
+        f"mve: {where}:absent: absent is not there"
+    )
+    assert refused(capsys, "train", "Pendulum-v1", "--reward", f"{file}:number") == (
+        f"mve: {where}:number: number is not a function"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.py"]
+
+
+# A run from beginning to end
+
+
+def test_train_leaves_a_whole_run_folder(run: Path) -> None:
+    names = {"config.json", "versions.json", "metrics.jsonl", "evaluations.csv", "curve.png", "checkpoints"}
+    assert {p.name for p in run.iterdir()} == names
+    config = json.loads((run / "config.json").read_text())
+    assert config["env"]["id"] == "Pendulum-v1"
+    assert config["train"]["total_steps"] == 320
+    # Both --set flags count.
+    assert (config["agent"]["hidden"], config["targets"]["discount"]) == ([16], 0.9)
+    assert set(log.read_evaluations(run)["step"]) == {160, 320}
+    assert len(log.read_metrics(run)["time/total_timesteps"]) > 0
+
+
+def test_train_ends_by_saying_what_came_of_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def learn(self: Learner, steps: int | None = None) -> Learner:
+        self.folder = run
+        return self
+
+    monkeypatch.setattr(Learner, "learn", learn)
+    assert train_tiny(Path("other"), "--steps", "320") == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    returns = log.read_evaluations(run)["return"][-2:]
+    assert first.startswith(f"evaluation   {returns.mean():.1f} ± {returns.std():.1f}   (2 episodes, ")
+    assert second.split() == ["run", "folder", "run"]
+    assert third.split() == ["curve", "run/curve.png"]
+
+
+def test_eval_prints_the_same_numbers_in_words_and_as_json(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "run", "--episodes", "3", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert main(["eval", "run", "--episodes", "3"]) == 0
+    assert capsys.readouterr().out.startswith(f"evaluation   {facts['mean_reward']:.1f} ± ")
+    assert list(facts) == [
+        *("env", "algo", "step", "episodes", "mean_reward", "std_reward", "returns", "lengths")
+    ]
+    assert (facts["env"], facts["step"], facts["lengths"]) == ("Pendulum-v1", 320, [200] * 3)
+    assert facts["mean_reward"] == pytest.approx(np.mean(facts["returns"]))
+
+
+def test_eval_changes_nothing_in_the_run_folder(run: Path) -> None:
+    def contents() -> dict[str, Any]:
+        return {str(p): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"time/total_timesteps": 400}\n')  # a run that is still going on, past its checkpoint
+    before = contents()
+    assert main(["eval", "run", "--episodes", "1"]) == 0
+    assert contents() == before
+
+
+def test_resume_goes_on_where_the_run_stopped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = log.read_evaluations(run)
+    assert refused(capsys, "resume", "run").startswith("mve: run has had all of its 320 steps; --steps N")
+    assert main(["resume", "run", "--steps", "160"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("evaluation   ")
+    assert err.startswith("step 480/480  evaluation ")
+    after = log.read_evaluations(run)
+    np.testing.assert_array_equal(after["step"], [160, 160, 320, 320, 480, 480])
+    np.testing.assert_array_equal(after["return"][:4], before["return"])
+
+
+def test_a_run_is_not_trained_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "train", "Pendulum-v1", "--run-dir", "run", "--set", *TINY)
+    assert "already holds a run" in message
+
+
+def test_an_interrupted_training_says_how_to_go_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Learner, steps: int | None = None) -> Learner:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Learner, "learn", interrupted)
+    assert main(["resume", "run", "--steps", "10"]) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "mve resume run" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_damaged_checkpoint_is_one_line_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in run.rglob("state.safetensors"):
+        file.write_bytes(b"")
+    assert main(["eval", "run"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("mve: warning: run/checkpoints/step_000000000320 is damaged")
+    assert second.startswith("mve: no usable checkpoint in run/checkpoints")
+
+
+def test_your_own_reward_function_is_used_and_asked_for_again(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.py").write_text("def reward(obs, action, next_obs):\n    return 0.0 * next_obs[..., 0]\n")
+    facts = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**facts, "user_functions": ["reward"]}))
+    assert "--reward FILE:FUNC" in refused(capsys, "eval", "run")
+    assert main(["eval", "run", "--episodes", "1", "--reward", "mine.py:reward"]) == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = [sys.executable, "-m", "mve", "train", "Pendulum-v1", "--run-dir", "run", "--steps", "100000"]
+    training = subprocess.Popen([*argv, "--set", *TINY], stderr=subprocess.PIPE, text=True)
+    assert training.stderr is not None
+    training.stderr.readline()  # the first evaluation
+    time.sleep(1)
+    training.send_signal(signal.SIGINT)
+    _, err = training.communicate(timeout=60)
+    assert training.returncode == 130
+    assert "Traceback" not in err
+    assert "mve resume run" in err
+    assert main(["resume", "run", "--steps", "20", "--quiet"]) == 0
+
+
+# Pictures
+
+
+def write_run(folder: Path, task: str, algo: str, seed: int, model: bool, points: int = 3) -> Path:
+    with log.RunLog(folder, points, quiet=True) as records:
+        for step in range(1, points + 1):
+            errors = {f"model/mse_k{k}": k / step for k in (1, 3)} if model else {}
+            records.record(step, {"train/critic_loss": 1.0, **errors})
+            records.evaluation(step, [float(step), step + 2.0], [5, 5])
+    log.write_json(folder / "config.json", {"algo": algo, "seed": seed, "env": {"id": task}, "task": task})
+    return folder
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def test_plot_draws_the_runs_and_prints_where(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plot", "run", "run", "--output", "both.png"]) == 0
+    assert capsys.readouterr().out == "both.png\n"
+    assert is_png(Path("both.png"))
+    assert "cannot draw both.nonsense" in refused(capsys, "plot", "run", "--output", "both.nonsense")
+    assert "cannot draw absent/a.png" in refused(capsys, "plot", "run", "--output", "absent/a.png")
+
+
+def test_a_curve_is_drawn_of_one_of_many_and_of_almost_nothing(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"a{seed}", "A-v0", "mve", seed, model=True) for seed in range(2)]
+    runs += [write_run(tmp_path / "b", "A-v0", "base", 0, model=False)]
+    other = write_run(tmp_path / "c", "B-v0", "base", 0, model=False)
+    for chosen in ([runs[0]], runs, [*runs, other], [other]):
+        assert is_png(plot.curve(chosen, tmp_path / "picture.png"))
+    for points in (0, 1):
+        short = write_run(tmp_path / f"short{points}", "A-v0", "mve", 0, model=True, points=points)
+        assert is_png(plot.curve([short], tmp_path / "picture.png"))
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_run_is_read_as_mean_and_range_over_episodes(tmp_path: Path) -> None:
+    run = plot.read_run(write_run(tmp_path, "A-v0", "mve", 7, model=True))
+    assert (run.task, run.algo, run.seed, run.episodes) == ("A-v0", "mve", 7, 2)
+    np.testing.assert_array_equal(run.mean, [2.0, 3.0, 4.0])
+    np.testing.assert_array_equal(run.low, [1.0, 2.0, 3.0])
+    np.testing.assert_array_equal(run.errors[3][1], [3.0, 1.5, 1.0])
+
+
+def test_the_mean_over_seeds_covers_only_what_all_of_them_measured() -> None:
+    first = (np.array([0, 10, 20]), np.array([0.0, 10.0, 20.0]))
+    second = (np.array([5, 15, 40]), np.array([0.0, 0.0, 0.0]))
+    step, mean = plot.mean_curve([first, second])
+    np.testing.assert_array_equal(step, [5, 10, 15, 20])
+    np.testing.assert_allclose(mean, [2.5, 5.0, 7.5, 10.0])
+
+
+# List and doctor
+
+
+def test_list_shows_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in PRESETS)
+    assert main(["list", "--json"]) == 0
+    full = json.loads(capsys.readouterr().out)
+    assert list(full) == list(PRESETS)
+    assert full["paper"]["settings"]["targets.horizon_steps"] == 10
+
+
+def test_the_doctor_finds_this_machine_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--json"]) == 0
+    out, err = capfd.readouterr()
+    findings = {finding["check"]: finding for finding in json.loads(out)}
+    assert err == ""
+    assert {"python", "jax", "devices", "matmul precision", "matplotlib", "HalfCheetah-v5"} <= set(findings)
+    assert all(finding["status"] in ("ok", "warn") for finding in findings.values())
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_doctor_fails_when_something_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gymnasium.make", lambda name: 1 / 0)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "fail" in out
+    assert "ZeroDivisionError" in out
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    piped = f"{sys.executable} -m mve list --json | head -1"
+    done = subprocess.run(piped, shell=True, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("{\n", "")

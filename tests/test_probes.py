@@ -1,0 +1,148 @@
+"""Every agent with every estimator learns the Q-values of environments so small that they are known.
+
+After Andy Jones' probe environments. Each isolates one link: if only `an_action` fails, for instance, it is
+the actor; if only `a_delay`, discounting or, with a model, imagination. Reward and termination are learned
+as well. gamma is 1/2, so that a value one step off is a factor of two off.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from environments import Probe
+
+from mve import replay, train
+from mve.agents import AGENTS, Agent
+from mve.agents.base import action_values
+from mve.dynamics import Dynamics, DynamicsConfig
+from mve.envs.host import HostEnv
+from mve.replay import Replay
+from mve.targets import TargetsConfig
+from mve.train import Recipe
+from mve.types import Known
+
+GAMMA = 0.5
+ROWS = 256
+FITS, UPDATES = 500, 1200
+TOLERANCE = 0.1  # of values between -2 and 2
+INIT = jax.jit(train.init, static_argnums=(0, 1, 2))
+
+EXACT_AGENTS = {  # nothing that blurs Q: no smoothing noise; hardly any entropy bonus, for good
+    "ddpg": {},
+    "td3": {"target_noise": 0.0},
+    "sac": {"initial_temperature": 1e-3, "temperature_learning_rate": 1e-9},
+}
+ESTIMATORS = ("one_step", "mve", "mve_tdk")
+
+
+class Answers(NamedTuple):
+    """An environment, the Q-values of some of its (s, a), and the best action in some states."""
+
+    env: Probe
+    value: dict[tuple[float, float], float]
+    best: dict[float, float] = {}  # noqa: RUF012
+
+
+PROBES = {
+    "a_constant": Answers(Probe(lambda s, a: 1.0), {(0, 0): 1, (0, 0.8): 1}),
+    "an_observation": Answers(
+        Probe(lambda s, a: s, first_obs=(-1.0, 1.0)), {(-1, 0): -1, (1, 0): 1, (1, -0.8): 1}
+    ),
+    # 1 at the second and last step: half of that at the first.
+    "a_delay": Answers(Probe(lambda s, a: s, num_steps=2), {(0, 0): 0.5, (0, 0.8): 0.5, (1, 0): 1}),
+    "an_action": Answers(
+        Probe(lambda s, a: 1 - 2 * (a - 0.5) ** 2), {(0, 0.5): 1, (0, 0): 0.5, (0, -0.5): -1}, {0: 0.5}
+    ),
+    "action_and_observation": Answers(
+        Probe(lambda s, a: 1 - 2 * (a - 0.5 * s) ** 2, first_obs=(-1.0, 1.0)),
+        {(1, 0.5): 1, (1, -0.5): -1, (-1, -0.5): 1, (-1, 0.5): -1},
+        {1: 0.5, -1: -0.5},
+    ),
+    # The first step's value is half of what the *policy* earns at the second.
+    "a_delayed_action": Answers(
+        Probe(lambda s, a: s * (1 - 2 * (a - 0.5) ** 2), num_steps=2),
+        {(0, 0): 0.5, (1, 0.5): 1, (1, 0): 0.5},
+        {1: 0.5},
+    ),
+    # Three steps to a time limit, which is no end: 1 + 1/2 + 1/4 + ... = 2. The states are 0, 1, 2 and 3.
+    "no_end": Answers(
+        Probe(lambda s, a: 1.0, num_steps=3, truncated=True), {(0, 0): 2, (1, 0): 2, (2, 0): 2}
+    ),
+}
+
+
+def recipe(agent: str, estimator: str) -> Recipe:
+    config_class, _ = AGENTS[agent]
+    return Recipe(
+        obs_size=1,
+        action_size=1,
+        known=Known(),
+        agent=config_class(
+            hidden=(64,),
+            action_layer=0,
+            batch_size=64,
+            actor_learning_rate=3e-3,
+            critic_learning_rate=1e-2,
+            target_rate=0.05,
+            **EXACT_AGENTS[agent],
+        ),
+        dynamics=DynamicsConfig(hidden=(64,), members=2, batch_size=64, learning_rate=3e-3),
+        targets=TargetsConfig(estimator=estimator, horizon_steps=2, discount=GAMMA),  # pyright: ignore[reportArgumentType]
+    )
+
+
+@partial(jax.jit, static_argnames="recipe")
+def fitted(model: Dynamics, memory: Replay, recipe: Recipe) -> Dynamics:
+    def fit(i: jax.Array, model: Dynamics) -> Dynamics:
+        return train.fit_step(model, memory, recipe, jax.random.fold_in(jax.random.key(1), i))[0]
+
+    model = train.dynamics.observe(model, memory.rows, memory.size, recipe.dynamics)
+    return jax.lax.fori_loop(0, FITS, fit, model)
+
+
+@partial(jax.jit, static_argnames="recipe")
+def improved(agent: Agent, memory: Replay, model: Dynamics, recipe: Recipe) -> Agent:
+    def improve(i: jax.Array, agent: Agent) -> Agent:
+        return train.update_step(agent, memory, model, recipe, jax.random.fold_in(jax.random.key(2), i))[0]
+
+    return jax.lax.fori_loop(0, UPDATES, improve, agent)
+
+
+@cache
+def experience(probe: str) -> tuple[Replay, Dynamics]:
+    """Transitions of random actions, and the model fitted to them: the same for every agent."""
+    rng = np.random.default_rng(0)
+    env = HostEnv(PROBES[probe].env, seed=0)
+    block, _ = env.collect(lambda obs: rng.uniform(-1.0, 1.0, 1).astype(np.float32), ROWS)
+    memory = replay.add(replay.init(ROWS, 1, 1), block, jnp.int32(ROWS))
+    model = INIT(recipe("ddpg", "mve"), 1, 0).model
+    assert model is not None
+    return memory, fitted(model, memory, recipe("ddpg", "mve"))
+
+
+@cache
+def beginner(agent: str) -> Agent:
+    return INIT(recipe(agent, "one_step"), 1, 0).agent
+
+
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("agent", AGENTS)
+def test_known_values_are_learned(agent: str, estimator: str, probe: str) -> None:
+    memory, model = experience(probe)
+    learned = improved(beginner(agent), memory, model, recipe(agent, estimator))
+
+    answers = PROBES[probe]
+    obs_action = jnp.array(list(answers.value), jnp.float32)
+    value = action_values(learned.critic, obs_action[:, :1], obs_action[:, 1:])
+    print('ERR', np.abs(np.asarray(value)-np.array(list(answers.value.values()))[None]).max())
+    for critic in np.asarray(value):
+        np.testing.assert_allclose(critic, list(answers.value.values()), atol=TOLERANCE)
+    for obs, best in answers.best.items():
+        action = learned.policy()(np.array([obs], np.float32), np.zeros(1, np.float32))
+        np.testing.assert_allclose(action, best, atol=TOLERANCE)
