@@ -104,7 +104,10 @@ def test_the_critic_loss_is_a_weighted_sum_of_squares_over_critics_by_hand() -> 
     ]
     critic = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)  # Q_0 = 0, Q_1 = 3
     rows = CriticTargets(
-        obs=jnp.zeros((2, 1)), action=jnp.zeros((2, 1)), value=jnp.array([1.0, 5.0]), weight=jnp.array([0.5, 0.25])
+        obs=jnp.zeros((2, 1)),
+        action=jnp.zeros((2, 1)),
+        value=jnp.array([1.0, 5.0]),
+        weight=jnp.array([0.5, 0.25]),
     )
     loss, _ = critic_loss(critic, rows)
     # Q_0: 0.5 * 1 + 0.25 * 25; Q_1: 0.5 * 4 + 0.25 * 4.

@@ -1,4 +1,4 @@
-"""The estimators: golden numbers worked by hand, identities between them, and fast == naive on random draws."""
+"""The estimators: golden numbers worked by hand, identities between them, fast == naive on random draws."""
 
 from __future__ import annotations
 
@@ -101,9 +101,7 @@ def test_the_tail_of_row_t_is_discounted_by_gamma_to_the_h_minus_t() -> None:
 
 
 def test_the_bonus_of_acting_at_a_state_enters_earlier_rows_and_never_its_own() -> None:
-    rows = estimate(
-        "mve_tdk", transition([0.0], [1.0]), imagined([[0.0], [0.0]], bonus=[[32.0], [64.0]])
-    )
+    rows = estimate("mve_tdk", transition([0.0], [1.0]), imagined([[0.0], [0.0]], bonus=[[32.0], [64.0]]))
     # V(s_2) = 18 holds its own bonus. G_1 = 9, W_1 = 73; G_0 = 36.5, W_0 = 68.5; y = 34.25.
     np.testing.assert_allclose(rows.value, [34.25, 36.5, 9.0])
 
@@ -189,7 +187,9 @@ def test_nothing_after_a_predicted_termination_matters(estimator: str) -> None:
     wild = imagined([[2.0], [4.0], [1e6], [-1e6]], ends, bonus=[[0.0], [0.0], [1e6], [1e6]])
     a, b = (estimate(estimator, batch, r) for r in (calm, wild))
     np.testing.assert_array_equal(a.weight, b.weight)
-    np.testing.assert_array_equal(jnp.where(a.weight > 0, a.value, 0.0), jnp.where(b.weight > 0, b.value, 0.0))
+    np.testing.assert_array_equal(
+        jnp.where(a.weight > 0, a.value, 0.0), jnp.where(b.weight > 0, b.value, 0.0)
+    )
     np.testing.assert_allclose(a.value[0], 1.0 + GAMMA * (2.0 + GAMMA * 4.0))
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mve.learner import Learner
+    from mve.types import UserError
 
 __version__ = "0.1.0"
 __all__ = ["Learner", "UserError", "__version__"]

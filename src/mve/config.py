@@ -47,7 +47,7 @@ class TrainConfig:
     updates_per_step: NonNegative = 1.0
     """Updates of the agent per environment step (paper: 4)."""
     warmup: Literal["uniform", "policy"] = "uniform"
-    """Actions before learning starts: uniform over the box, or the untrained exploration policy (the paper's code)."""
+    """Actions before learning starts: uniform, or the untrained exploration policy (the paper's code)."""
     checkpoint_interval: Positive = 5000
     """Environment steps between checkpoints; one is always written at the end."""
 

@@ -1,6 +1,6 @@
 """Stage 3, fit: an ensemble that predicts the next state, and what of reward and termination is unknown.
 
-    x = z-score(s, a);   z-score(s' - s [, r]) = net_m(x);   p(terminated) = sigmoid(net_end(z-score(s, a, s')))
+    z(s' - s [, r]) = net_m(z(s, a)),   p(terminated) = sigmoid(net_end(z(s, a, s'))),   z: z-score
 
 The 8 x 128 single network of Feinberg et al. 2018 is one setting of it. Reward and termination are either
 known functions, given by the caller, or learned here.
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mve.networks import MLP, Activation, ensemble
+from mve.networks import MLP, Activation, apply_gradient, ensemble
 from mve.types import Count, Key, Known, Metrics, NonNegative, Positive, Rate, Transition, Widths
 
 SMALLEST_STD = 1e-4  # a dimension that moves less is left unscaled
@@ -49,7 +49,7 @@ class DynamicsConfig:
     normalise: bool = True
     """z-score inputs and targets with the statistics of all data seen so far."""
     stay_in_data: bool = True
-    """Clip imagined states and learned rewards to the range seen in real data, so that no rollout explodes."""
+    """Clip imagined states and learned rewards to the range seen in real data: no rollout explodes."""
     reward: Literal["auto", "known", "learned"] = "auto"
     """auto: the known function where there is one, learned otherwise."""
     termination: Literal["auto", "known", "learned", "never"] = "auto"
@@ -90,7 +90,7 @@ class Normaliser(eqx.Module):
     def clip(self, x: Array) -> Array:
         return jnp.clip(x, jnp.broadcast_to(self.low, x.shape), jnp.broadcast_to(self.high, x.shape))
 
-    def observe(self, x: Float[Array, "T X"], num_rows: Array) -> Normaliser:
+    def observe(self, x: Float[Array, " T X"], num_rows: Array) -> Normaliser:
         """Merge the first `num_rows` rows (Chan et al. 1979: pairwise update of mean and squares)."""
         used = (jnp.arange(x.shape[0]) < num_rows)[:, None]
         count = num_rows.astype(jnp.float32)
@@ -125,7 +125,12 @@ def init(config: DynamicsConfig, known: Known, obs_size: int, action_size: int, 
     def member(k: Key) -> MLP:
         # He's bound, sqrt(6 / inputs): eight ReLU layers deep, a smaller one loses the signal.
         return MLP(
-            obs_size + action_size, outputs, config.hidden, activation=config.activation, hidden_gain=6**0.5, key=k
+            obs_size + action_size,
+            outputs,
+            config.hidden,
+            activation=config.activation,
+            hidden_gain=6**0.5,
+            key=k,
         )
 
     net = ensemble(member, config.members, net_key)
@@ -140,7 +145,7 @@ def init(config: DynamicsConfig, known: Known, obs_size: int, action_size: int, 
         obs=Normaliser.empty(obs_size),
         action=Normaliser.empty(action_size),
         change=Normaliser.empty(outputs),
-        opt_state=_optimiser(config).init((net, termination_net)),
+        opt_state=_optimiser(config).init((net, termination_net)),  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -185,9 +190,7 @@ def _termination_logit(
     return termination_net(jnp.concatenate(x, axis=-1))[..., 0]
 
 
-def fit_step(
-    model: Dynamics, batch: Transition, config: DynamicsConfig
-) -> tuple[Dynamics, Metrics]:
+def fit_step(model: Dynamics, batch: Transition, config: DynamicsConfig) -> tuple[Dynamics, Metrics]:
     """One Adam step on a minibatch with leading axes (M, B): every member sees rows of its own.
 
     Loss: mean squared error of the scaled change, plus the cross-entropy of the termination if learned.
@@ -209,12 +212,11 @@ def fit_step(
 
     nets = (model.net, model.termination_net)
     gradient, metrics = jax.grad(loss_fn, has_aux=True)(nets)
-    update, opt_state = _optimiser(config).update(gradient, model.opt_state, nets)
-    net, termination_net = optax.apply_updates(nets, update)
+    nets, opt_state = apply_gradient(_optimiser(config), gradient, model.opt_state, nets)
     model = eqx.tree_at(
         lambda m: (m.net, m.termination_net, m.opt_state),
         model,
-        (net, termination_net, opt_state),
+        (*nets, opt_state),
         is_leaf=lambda x: x is None,
     )
     return model, metrics
@@ -278,7 +280,8 @@ def open_loop_error(
     for k in range(1, max(depths) + 1):
         here = jnp.minimum(row + k - 1, horizon - 1)
         predicted = jnp.mean(
-            jax.vmap(_predict, in_axes=(0, None, None, None))(model.net, model, obs, block.action[here]), axis=0
+            jax.vmap(_predict, in_axes=(0, None, None, None))(model.net, model, obs, block.action[here]),
+            axis=0,
         )
         obs = model.obs.clip(obs + model.change.unscale(predicted)[:, : obs.shape[-1]])
         if k in depths:

@@ -50,7 +50,7 @@ def evaluate(envs: Sequence[gym.Env], policy: Policy, *, seed: int, step: int) -
     running = np.ones(len(envs), bool)
     while running.any():
         native = native_action(space, policy(obs, noise))
-        for i in np.flatnonzero(running):
+        for i in np.flatnonzero(running).tolist():
             obs[i], reward, terminated, truncated, _ = envs[i].step(native[i])
             returns[i] += float(reward)
             lengths[i] += 1

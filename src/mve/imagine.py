@@ -12,7 +12,7 @@ from mve.types import Imagined, Key, PolicyFn, StepFn
 def rollout(
     step_fn: StepFn,
     policy_fn: PolicyFn,
-    start_obs: Float[Array, "*batch S"],
+    start_obs: Float[Array, " *batch S"],
     horizon_steps: int,
     key: Key,
 ) -> Imagined:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mve import checkpoint, config, log, plot, train
+from mve import checkpoint, config, log, plot, schedule, train
 from mve.config import Config
 from mve.dynamics import DynamicsConfig
 from mve.envs import host
@@ -29,12 +29,10 @@ from mve.envs.base import EnvSpec, Episode
 from mve.envs.host import HostEnv
 from mve.evaluate import Evaluation, evaluate
 from mve.networks import Policy
-from mve.train import Recipe, TrainState
+from mve.train import Recipe
 from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
 
 EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
-EPISODES_IN_BUDGET, BUDGET_WITHOUT_LIMIT = 25, 25_000
-SHORT_BUDGET = 100_000  # environment steps below which evaluations come every 1000 steps
 RECENT_EPISODES = 10
 
 
@@ -97,7 +95,7 @@ class Learner:
             termination_fn=termination_fn,
         )
         self.spec: EnvSpec = self._env.spec
-        self.config = _with_budgets(built, self.spec)
+        self.config = schedule.with_budgets(built, self.spec.max_episode_steps)
         known = _known(self.config.dynamics, self.spec, self.config.env.id)
         self._recipe = Recipe(
             obs_size=self.spec.obs_size,
@@ -129,9 +127,9 @@ class Learner:
 
     def _host_policy(self) -> Policy:
         """The deterministic policy with NumPy leaves. Copied: the device's buffers are donated later."""
-        if self._policy is None:
-            self._policy = jax.tree.map(np.array, self._state.agent.policy())
-        return self._policy
+        policy = self._policy or _on_host(self._state.agent.policy())
+        self._policy = policy
+        return policy
 
     def predict(
         self,
@@ -147,7 +145,9 @@ class Learner:
         del state, episode_start
         obs = np.asarray(observation, np.float32)
         if obs.shape[-1:] != (self.spec.obs_size,):
-            raise UserError(f"predict: observation of shape {obs.shape}; expected (..., {self.spec.obs_size})")
+            raise UserError(
+                f"predict: observation of shape {obs.shape}; expected (..., {self.spec.obs_size})"
+            )
         noise = np.zeros((*obs.shape[:-1], self.spec.action_size), np.float32)
         policy = self._host_policy()
         if not deterministic:
@@ -183,11 +183,12 @@ class Learner:
         if total_timesteps is not None:
             budget = replace(self.config.train, total_steps=self.num_timesteps + total_timesteps)
             self.config = replace(self.config, train=budget)
-        _check_schedule(self.config, self._recipe.uses_model)
+        schedule.check(self.config, self._recipe.uses_model)
         self._open_folder()
         if self._capacity() > self._state.replay.capacity:
-            self._state = jax.tree_util.tree_map(lambda x: x, self._grown(self._capacity()))
+            self._state = train.grow(self._state, self._capacity())
         total = self.config.train.total_steps
+        log.RunLog.truncate(self.folder, self.num_timesteps)
         records = log.RunLog(self.folder, total, quiet=self._quiet)
         with log.capture_mujoco_warnings(self.folder), records, self._stop_on_interrupt():
             self._loop(records, total)
@@ -195,16 +196,6 @@ class Learner:
         if self._stop:
             raise KeyboardInterrupt
         return self
-
-    def _grown(self, capacity: int) -> TrainState:
-        memory = train.replay.grow(self._state.replay, capacity)
-        return TrainState(
-            replay=memory,
-            model=self._state.model,
-            agent=self._state.agent,
-            num_env_steps=self._state.num_env_steps,
-            key=self._state.key,
-        )
 
     def _loop(self, records: log.RunLog, total: int) -> None:
         settings, started, first = self.config.train, time.perf_counter(), self.num_timesteps
@@ -218,37 +209,32 @@ class Learner:
             step += count
             metrics = self._learn(block, before, step) or metrics
             elapsed = self._seconds_before + time.perf_counter() - started
-            fields = _progress_fields(metrics, recent, step - first, elapsed - self._seconds_before)
-            records.progress(step, fields)
-            due = _crosses(before, step, interval) or step == total
-            if due or _crosses(before, step, max(interval // 5, 1)):
+            records.progress(step, _progress_fields(self.spec.name, metrics, recent))
+            due = schedule.crosses(before, step, interval) or step == total
+            if due or schedule.crosses(before, step, max(interval // 5, 1)):
                 rollout = _rollout_metrics(recent, elapsed, step)
                 records.record(step, rollout | metrics | (self._judge(records, step) if due else {}))
-            if _crosses(before, step, settings.checkpoint_interval) or step == total or self._stop:
+            if schedule.crosses(before, step, settings.checkpoint_interval) or step == total or self._stop:
                 self._save(self.folder, elapsed)
 
     def _learn(self, block: Transition, before: int, step: int) -> dict[str, float]:
         """One block into the state; its metrics, empty before anything is learned."""
         cfg = self.config
-        fits = updates = 0
-        if self._recipe.uses_model:
-            d = cfg.dynamics
-            fits = _due(step, d.learning_starts, d.fits_per_step, d.initial_fits)
-            fits -= _due(before, d.learning_starts, d.fits_per_step, d.initial_fits)
-        t = cfg.train
-        updates = _due(step, t.learning_starts, t.updates_per_step)
-        updates -= _due(before, t.learning_starts, t.updates_per_step)
-        padding = t.block_steps - (step - before)
-        padded: Transition = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1]).repeat(padding, 0)]), block)
+        fits = schedule.fits_due(cfg, step) - schedule.fits_due(cfg, before) if self._recipe.uses_model else 0
+        updates = schedule.updates_due(cfg, step) - schedule.updates_due(cfg, before)
+        padding = cfg.train.block_steps - (step - before)
+        padded: Transition = jax.tree.map(
+            lambda x: np.concatenate([x, np.zeros_like(x[:1]).repeat(padding, 0)]), block
+        )
         counts = (np.int32(step - before), np.int32(fits), np.int32(updates))
         self._state, metrics = train.learn(self._state, padded, *counts, self._recipe)
         self._policy = None
-        if step <= t.learning_starts:
+        if updates == 0:
             return {}
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not np.isfinite(numbers["train/critic_loss"]):
             raise UserError(f"training diverged: the critic's loss is not finite at step {step}")
-        numbers["train/n_updates"] = float(_due(step, t.learning_starts, t.updates_per_step))
+        numbers["train/n_updates"] = float(schedule.updates_due(cfg, step))
         numbers["mve/horizon"] = float(cfg.targets.imagined_steps)
         return numbers
 
@@ -297,7 +283,8 @@ class Learner:
     def _open_folder(self) -> None:
         if self._fresh and (self.folder / "config.json").exists():
             raise UserError(
-                f"{self.folder} already holds a run; continue it with `mve resume {self.folder}` or choose another folder"
+                f"{self.folder} already holds a run; continue it with `mve resume {self.folder}` "
+                "or choose another folder"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -316,6 +303,7 @@ class Learner:
             "num_env_steps": self.num_timesteps,
             "num_episodes": self._env.num_episodes,
             "seconds": seconds,
+            "replay_rows": self._state.replay.capacity,
         }
         checkpoint.save(folder / "checkpoints", self._state, facts)
 
@@ -348,20 +336,25 @@ class Learner:
         missing = {"reward": reward_fn, "termination": termination_fn}
         for name in data.pop("user_functions", []):
             if missing[name] is None:
-                raise UserError(f"{folder} was trained with your own {name} function; give it again (--{name} FILE:FUNC)")
+                raise UserError(
+                    f"{folder} was trained with your own {name} function; give it again (--{name} FILE:FUNC)"
+                )
         built = config.from_json(data)
         if env is None and not built.env.id:
-            raise UserError(f"{folder} was trained on an environment instance; give it again: load(folder, env)")
+            raise UserError(
+                f"{folder} was trained on an environment instance; give it again: load(folder, env)"
+            )
         learner = cls.__new__(cls)
         with log.capture_mujoco_warnings(None):
             learner._set_up(built, env or built.env.id, eval_env, reward_fn, termination_fn, quiet)
         learner.folder, learner._fresh = folder, False
-        template = jax.eval_shape(lambda: train.init(learner._recipe, learner._capacity(), 0))
+        newest = checkpoint.latest(folder / "checkpoints")
+        rows = checkpoint.read_facts(newest)["replay_rows"] if newest else 0
+        template = jax.eval_shape(lambda: train.init(learner._recipe, rows, 0))
         state, facts = checkpoint.restore(folder / "checkpoints", template)
         learner._state = jax.tree.map(jnp.asarray, state)
         learner._env.num_steps, learner._env.num_episodes = facts["num_env_steps"], facts["num_episodes"] + 1
         learner._seconds_before = facts["seconds"]
-        log.RunLog.truncate(folder, facts["num_env_steps"])
         return learner
 
 
@@ -383,19 +376,6 @@ def _free_folder(name: str, built: Config) -> Path:
     return folder
 
 
-def _with_budgets(built: Config, spec: EnvSpec) -> Config:
-    """Numbers in place of 0 for the settings that depend on the task."""
-    total, interval = built.train.total_steps, built.evaluate.interval_steps
-    limit = spec.max_episode_steps
-    total = total or (EPISODES_IN_BUDGET * limit if limit else BUDGET_WITHOUT_LIMIT)
-    interval = interval or (1000 if total < SHORT_BUDGET else 5000)
-    return replace(
-        built,
-        train=replace(built.train, total_steps=total),
-        evaluate=replace(built.evaluate, interval_steps=interval),
-    )
-
-
 def _known(settings: DynamicsConfig, spec: EnvSpec, name: str) -> Known:
     """The true functions that the model may use; None for what it learns."""
     for what, wanted, fn in (
@@ -409,28 +389,6 @@ def _known(settings: DynamicsConfig, spec: EnvSpec, name: str) -> Known:
     return Known(reward, _never if settings.termination == "never" else termination)
 
 
-def _check_schedule(cfg: Config, uses_model: bool) -> None:
-    if cfg.train.total_steps <= cfg.train.learning_starts:
-        raise UserError(
-            f"a budget of {cfg.train.total_steps} steps ends before learning starts "
-            f"(train.learning_starts = {cfg.train.learning_starts}); raise --steps or lower that setting"
-        )
-    if uses_model and cfg.dynamics.learning_starts > cfg.train.learning_starts:
-        raise UserError(
-            f"dynamics.learning_starts = {cfg.dynamics.learning_starts} is after train.learning_starts = "
-            f"{cfg.train.learning_starts}: the agent would imagine with a model that was never fitted"
-        )
-
-
-def _due(step: int, starts: int, per_step: float, initial: int = 0) -> int:
-    """Updates owed by `step`: none before `starts`, then `initial`, then so many per step."""
-    return initial + int((step - starts) * per_step) if step > starts else 0
-
-
-def _crosses(before: int, step: int, interval: int) -> bool:
-    return before // interval < step // interval
-
-
 def _rollout_metrics(recent: Sequence[Episode], elapsed: float, step: int) -> dict[str, float]:
     metrics = {"time/time_elapsed": elapsed, "time/fps": step / max(elapsed, 1e-9)}
     if recent:
@@ -440,9 +398,9 @@ def _rollout_metrics(recent: Sequence[Episode], elapsed: float, step: int) -> di
 
 
 def _progress_fields(
-    metrics: dict[str, float], recent: Sequence[Episode], steps: int, seconds: float
+    name: str, metrics: dict[str, float], recent: Sequence[Episode]
 ) -> dict[str, float | str]:
-    fields: dict[str, float | str] = {"steps/s": steps / max(seconds, 1e-9)}
+    fields: dict[str, float | str] = {"env": name}
     if recent:
         fields["return"] = recent[-1].ret
     if "model/mse_k1" in metrics:

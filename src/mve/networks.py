@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from mve.types import Key
 
@@ -118,16 +119,22 @@ class MLP(eqx.Module):
             if side is not None and i == self.side_layer:
                 x = array_module(x).concatenate([x, side], axis=-1)
             x = layer(x)
-            if i == len(self.layers) - 1:
-                return x
-            if self.norms:
-                x = self.norms[i](x)
-            x = activate(x, self.activation)
+            if i < len(self.layers) - 1:
+                x = activate(self.norms[i](x) if self.norms else x, self.activation)
+        return x
 
 
 def ensemble(make: Callable[[Key], T], members: int, key: Key) -> T:
     """`members` independent modules as one, every array with a leading member axis."""
     return jax.vmap(make)(jax.random.split(key, members))
+
+
+def apply_gradient(
+    optimiser: optax.GradientTransformation, gradient: T, opt_state: optax.OptState, params: T
+) -> tuple[T, optax.OptState]:
+    """One step of an optimiser: new parameters and its new state."""
+    update, opt_state = optimiser.update(cast(Any, gradient), opt_state, cast(Any, params))
+    return cast(T, optax.apply_updates(cast(Any, params), update)), opt_state
 
 
 class DeterministicActor(eqx.Module):
@@ -142,7 +149,7 @@ class DeterministicActor(eqx.Module):
 
 
 class GaussianActor(eqx.Module):
-    """a = tanh(u), u ~ N(mean(s), std(s)): the squashed Gaussian of SAC (Haarnoja et al. 2018, appendix C)."""
+    """a = tanh(u), u ~ N(mean(s), std(s)): SAC's squashed Gaussian (Haarnoja et al. 2018, appendix C)."""
 
     net: MLP
 

@@ -59,7 +59,7 @@ def sample(replay: Replay, shape: tuple[int, ...], key: Key) -> Transition:
 
 def grow(replay: Replay, capacity: int) -> Replay:
     """The same rows in a larger ring. Oldest first, so that a ring that had wrapped stays in order."""
-    order = (jnp.arange(replay.capacity) + jnp.where(replay.size == replay.capacity, replay.position, 0))
+    order = jnp.arange(replay.capacity) + jnp.where(replay.size == replay.capacity, replay.position, 0)
     extra = capacity - replay.capacity
     rows = jax.tree.map(
         lambda ring: jnp.concatenate(

@@ -29,7 +29,7 @@ class TargetsConfig:
     """How the critic's targets are made from a real transition and an imagined continuation."""
 
     estimator: Literal["one_step", "mve", "mve_tdk"] = "one_step"
-    """one_step: the base learner. mve: expand the real row by H steps. mve_tdk: and regress every imagined row."""
+    """one_step: the base learner. mve: expand the real row. mve_tdk: and regress every imagined row too."""
     horizon_steps: Count = 3
     """H, imagined steps per target; 0 is the base learner exactly. one_step does not read it."""
     discount: Unit = 0.99
@@ -44,10 +44,10 @@ class TargetsConfig:
 
 
 def candidate_returns(
-    reward: Float[Array, "H *batch"],
-    discount: Float[Array, "H *batch"],
-    bootstrap: Float[Array, "H+1 *batch"],
-) -> Float[Array, "H+1 *batch"]:
+    reward: Float[Array, " H *batch"],
+    discount: Float[Array, " H *batch"],
+    bootstrap: Float[Array, " H+1 *batch"],
+) -> Float[Array, " H+1 *batch"]:
     """Return of the start state by k imagined rewards and then the value of state k, for every k.
 
     C_k = sum_{t<k} D_t r_t + D_k v_k with D_k = d_0 ... d_{k-1}; row 0 is the bootstrap of the start
@@ -60,10 +60,10 @@ def candidate_returns(
 
 
 def returns_to_go(
-    reward: Float[Array, "H *batch"],
-    discount: Float[Array, "H *batch"],
-    bootstrap: Float[Array, "*batch"],
-) -> Float[Array, "H *batch"]:
+    reward: Float[Array, " H *batch"],
+    discount: Float[Array, " H *batch"],
+    bootstrap: Float[Array, " *batch"],
+) -> Float[Array, " H *batch"]:
     """Return from each imagined state to the end of the rollout.
 
     G_t = r_t + d_t G_{t+1}, backwards from G_H = bootstrap. The tail of row t is thus discounted by
@@ -79,7 +79,7 @@ def returns_to_go(
 
 
 def real_row(batch: Transition, value: Float[Array, " B"], discount: float) -> CriticTargets:
-    """The observed step, then `value` of the real next state: r + gamma * continuation * value, weights 1/B."""
+    """The observed step, then `value` of the real next state: r + gamma continuation value; weights 1/B."""
     return CriticTargets(
         obs=batch.obs,
         action=batch.action,
@@ -101,9 +101,7 @@ def mve(batch: Transition, imagined: Imagined, value_fn: ValueFn, config: Target
     The bootstrap is the least of the critics' values (one critic: that one), as in clipped double-Q.
     """
     value = jnp.min(value_fn(imagined.obs[-1]), axis=0)
-    to_go = returns_to_go(
-        imagined.reward + imagined.bonus, config.discount * imagined.continuation, value
-    )
+    to_go = returns_to_go(imagined.reward + imagined.bonus, config.discount * imagined.continuation, value)
     return real_row(batch, jnp.concatenate([to_go, value[None]])[0], config.discount)
 
 

@@ -1,7 +1,7 @@
 """Stage 7, the loop's inside: where the stages meet. Everything here is pure and runs in one compiled call.
 
-    sample -> imagine -> estimate -> improve        update_step, once per gradient step
-    judge -> remember -> fit -> update_step ...     learn, once per block of real steps
+sample -> imagine -> estimate -> improve        update_step, once per gradient step
+judge -> remember -> fit -> update_step ...     learn, once per block of real steps
 """
 
 from __future__ import annotations
@@ -70,6 +70,11 @@ def init(recipe: Recipe, capacity: int, seed: int) -> TrainState:
         num_env_steps=jnp.int32(0),
         key=root,
     )
+
+
+def grow(state: TrainState, capacity: int) -> TrainState:
+    """The same state with room for more transitions."""
+    return eqx.tree_at(lambda s: s.replay, state, replay.grow(state.replay, capacity))
 
 
 def update_step(

@@ -24,7 +24,9 @@ RewardFn: TypeAlias = Callable[[Array, Array, Array], Array]
 TerminationFn: TypeAlias = Callable[[Array, Array, Array], Array]
 
 # The three functions that a rollout and an estimator are given.
-StepFn: TypeAlias = Callable[[Array, Array, Key], tuple[Array, Array, Array]]  # -> next_obs, reward, continuation
+StepFn: TypeAlias = Callable[
+    [Array, Array, Key], tuple[Array, Array, Array]
+]  # -> next_obs, reward, continuation
 PolicyFn: TypeAlias = Callable[[Array, Key], tuple[Array, Array]]  # obs, key -> action, bonus of acting
 ValueFn: TypeAlias = Callable[[Array], Array]  # obs (*batch, S) -> one value per critic (N, *batch)
 
@@ -32,30 +34,30 @@ ValueFn: TypeAlias = Callable[[Array], Array]  # obs (*batch, S) -> one value pe
 class Transition(NamedTuple):
     """What one environment step leaves behind; also a batch of them."""
 
-    obs: Float[Array, "*batch S"]
-    action: Float[Array, "*batch A"]
-    reward: Float[Array, "*batch"]
-    next_obs: Float[Array, "*batch S"]
-    continuation: Float[Array, "*batch"]
-    episode: Int[Array, "*batch"]  # running number of the episode: neighbours in time share it
-    step: Int[Array, "*batch"]  # environment step at which it was collected: the row's own name
+    obs: Float[Array, " *batch S"]
+    action: Float[Array, " *batch A"]
+    reward: Float[Array, " *batch"]
+    next_obs: Float[Array, " *batch S"]
+    continuation: Float[Array, " *batch"]
+    episode: Int[Array, " *batch"]  # running number of the episode: neighbours in time share it
+    step: Int[Array, " *batch"]  # environment step at which it was collected: the row's own name
 
 
 class Imagined(NamedTuple):
     """H model steps under the policy, from a batch of start states."""
 
-    obs: Float[Array, "H+1 *batch S"]
-    action: Float[Array, "H *batch A"]
-    reward: Float[Array, "H *batch"]
-    continuation: Float[Array, "H *batch"]
-    bonus: Float[Array, "H *batch"]  # of acting in state t: 0, or SAC's entropy term
+    obs: Float[Array, " H+1 *batch S"]
+    action: Float[Array, " H *batch A"]
+    reward: Float[Array, " H *batch"]
+    continuation: Float[Array, " H *batch"]
+    bonus: Float[Array, " H *batch"]  # of acting in state t: 0, or SAC's entropy term
 
 
 class CriticTargets(NamedTuple):
     """K rows for the critic to regress: every estimator's answer, whichever it was."""
 
-    obs: Float[Array, "K S"]
-    action: Float[Array, "K A"]
+    obs: Float[Array, " K S"]
+    action: Float[Array, " K A"]
     value: Float[Array, " K"]
     weight: Float[Array, " K"]  # of the row's squared error; a plain mean has 1/K everywhere
 

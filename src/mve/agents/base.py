@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mve.networks import MLP, Policy, ensemble
+from mve.networks import MLP, Policy, apply_gradient, ensemble
 from mve.types import CriticTargets, Key, Metrics, Positive, Rate, Unit, Widths
 
 Tree = TypeVar("Tree")
@@ -27,7 +27,7 @@ class AgentConfig:
     layer_norm: bool = False
     """LayerNorm before each activation, in actor and critics."""
     action_layer: int = 0
-    """Layer of the critic that the action enters: 0 beside the observation, 1 after the first hidden layer."""
+    """Layer of the critic where the action enters: 0 beside the observation, 1 after a hidden layer."""
     critics: Positive = 2
     """N, critics; targets use the least of their values."""
     batch_size: Positive = 256
@@ -57,18 +57,16 @@ class Agent(eqx.Module):
 
     @abc.abstractmethod
     def target_policy(
-        self, obs: Float[Array, "*batch S"], key: Key
-    ) -> tuple[Float[Array, "*batch A"], Float[Array, "*batch"]]:
+        self, obs: Float[Array, " *batch S"], key: Key
+    ) -> tuple[Float[Array, " *batch A"], Float[Array, " *batch"]]:
         """Action taken in an imagined state, and the bonus of taking it (0, or SAC's entropy term)."""
 
     @abc.abstractmethod
-    def target_value(self, obs: Float[Array, "*batch S"], key: Key) -> Float[Array, "N *batch"]:
+    def target_value(self, obs: Float[Array, " *batch S"], key: Key) -> Float[Array, " N *batch"]:
         """Bootstrap of a state under the target policy, bonus of its own action included, per critic."""
 
     @abc.abstractmethod
-    def update(
-        self, targets: CriticTargets, obs: Float[Array, "B S"], key: Key
-    ) -> tuple[Agent, Metrics]:
+    def update(self, targets: CriticTargets, obs: Float[Array, " B S"], key: Key) -> tuple[Agent, Metrics]:
         """One step of critic and actor; `obs` are the real states on which the actor is improved."""
 
 
@@ -90,8 +88,8 @@ def init_critic(config: AgentConfig, obs_size: int, action_size: int, key: Key) 
 
 
 def action_values(
-    critic: MLP, obs: Float[Array, "*batch S"], action: Float[Array, "*batch A"]
-) -> Float[Array, "N *batch"]:
+    critic: MLP, obs: Float[Array, " *batch S"], action: Float[Array, " *batch A"]
+) -> Float[Array, " N *batch"]:
     """Q_n(s, a) of every critic."""
     return jax.vmap(lambda member: member(obs, action)[..., 0])(critic)
 
@@ -104,12 +102,16 @@ def critic_loss(critic: MLP, targets: CriticTargets) -> tuple[Array, Metrics]:
     return loss, {"train/critic_loss": loss, "train/q_mean": jnp.mean(value)}
 
 
+def init_adam(learning_rate: float, params: Any) -> optax.OptState:
+    """Adam's state before its first step."""
+    return optax.adam(learning_rate).init(params)
+
+
 def adam_step(
     learning_rate: float, gradient: Tree, opt_state: optax.OptState, params: Tree
 ) -> tuple[Tree, optax.OptState]:
     """One Adam step (Kingma and Ba 2015)."""
-    update, opt_state = optax.adam(learning_rate).update(gradient, opt_state, params)  # pyright: ignore[reportArgumentType]
-    return optax.apply_updates(params, update), opt_state  # pyright: ignore[reportArgumentType, reportReturnType]
+    return apply_gradient(optax.adam(learning_rate), gradient, opt_state, params)
 
 
 def polyak(target: Tree, network: Tree, rate: float) -> Tree:

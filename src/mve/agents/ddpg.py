@@ -17,6 +17,7 @@ from mve.agents.base import (
     action_values,
     adam_step,
     critic_loss,
+    init_adam,
     init_critic,
     polyak,
 )
@@ -72,7 +73,14 @@ class DDPG(Agent):
     def init(cls, config: DDPGConfig, obs_size: int, action_size: int, key: Key) -> DDPG:
         actor_key, critic_key = jax.random.split(key)
         actor = DeterministicActor(
-            MLP(obs_size, action_size, config.hidden, layer_norm=config.layer_norm, output_gain=0.05, key=actor_key)
+            MLP(
+                obs_size,
+                action_size,
+                config.hidden,
+                layer_norm=config.layer_norm,
+                output_gain=0.05,
+                key=actor_key,
+            )
         )
         critic = init_critic(config, obs_size, action_size, critic_key)
         return cls(
@@ -81,8 +89,8 @@ class DDPG(Agent):
             # Copies, not fresh draws: the authors' last code starts targets apart by a slip.
             target_actor=jax.tree.map(jnp.copy, actor),
             target_critic=jax.tree.map(jnp.copy, critic),
-            actor_opt=optax.adam(config.actor_learning_rate).init(actor),
-            critic_opt=optax.adam(config.critic_learning_rate).init(critic),
+            actor_opt=init_adam(config.actor_learning_rate, actor),
+            critic_opt=init_adam(config.critic_learning_rate, critic),
             noise_scale=jnp.float32(config.noise / (len(config.hidden) + 1)),
             num_updates=jnp.int32(0),
             config=config,
@@ -111,7 +119,9 @@ class DDPG(Agent):
         critic_gradient, metrics = jax.grad(critic_loss, has_aux=True)(self.critic, targets)
         loss, actor_gradient = jax.value_and_grad(actor_loss)(self.actor)
         cfg = self.config
-        critic, critic_opt = adam_step(cfg.critic_learning_rate, critic_gradient, self.critic_opt, self.critic)
+        critic, critic_opt = adam_step(
+            cfg.critic_learning_rate, critic_gradient, self.critic_opt, self.critic
+        )
         actor, actor_opt = adam_step(cfg.actor_learning_rate, actor_gradient, self.actor_opt, self.actor)
         noise_scale = jax.lax.cond(
             (self.num_updates + 1) % cfg.noise_interval == 0,

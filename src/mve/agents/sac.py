@@ -18,6 +18,7 @@ from mve.agents.base import (
     action_values,
     adam_step,
     critic_loss,
+    init_adam,
     init_critic,
     polyak,
 )
@@ -76,9 +77,9 @@ class SAC(Agent):
             critic=critic,
             target_critic=jax.tree.map(jnp.copy, critic),
             log_temperature=log_temperature,
-            actor_opt=optax.adam(config.actor_learning_rate).init(actor),
-            critic_opt=optax.adam(config.critic_learning_rate).init(critic),
-            temperature_opt=optax.adam(config.temperature_learning_rate).init(log_temperature),
+            actor_opt=init_adam(config.actor_learning_rate, actor),
+            critic_opt=init_adam(config.critic_learning_rate, critic),
+            temperature_opt=init_adam(config.temperature_learning_rate, log_temperature),
             num_updates=jnp.int32(0),
             action_size=action_size,
             config=config,
@@ -107,7 +108,9 @@ class SAC(Agent):
         cfg = self.config
         temperature = jnp.exp(self.log_temperature)
         critic_gradient, metrics = jax.grad(critic_loss, has_aux=True)(self.critic, targets)
-        critic, critic_opt = adam_step(cfg.critic_learning_rate, critic_gradient, self.critic_opt, self.critic)
+        critic, critic_opt = adam_step(
+            cfg.critic_learning_rate, critic_gradient, self.critic_opt, self.critic
+        )
 
         def actor_loss(actor: GaussianActor) -> tuple[Array, Array]:
             action, log_density = self._sample(actor, obs, key)

@@ -16,6 +16,7 @@ from mve.agents.base import (
     action_values,
     adam_step,
     critic_loss,
+    init_adam,
     init_critic,
     polyak,
 )
@@ -65,8 +66,8 @@ class TD3(Agent):
             critic=critic,
             target_actor=jax.tree.map(jnp.copy, actor),
             target_critic=jax.tree.map(jnp.copy, critic),
-            actor_opt=optax.adam(config.actor_learning_rate).init(actor),
-            critic_opt=optax.adam(config.critic_learning_rate).init(critic),
+            actor_opt=init_adam(config.actor_learning_rate, actor),
+            critic_opt=init_adam(config.critic_learning_rate, critic),
             num_updates=jnp.int32(0),
             config=config,
         )
@@ -91,7 +92,9 @@ class TD3(Agent):
         del key
         cfg = self.config
         critic_gradient, metrics = jax.grad(critic_loss, has_aux=True)(self.critic, targets)
-        critic, critic_opt = adam_step(cfg.critic_learning_rate, critic_gradient, self.critic_opt, self.critic)
+        critic, critic_opt = adam_step(
+            cfg.critic_learning_rate, critic_gradient, self.critic_opt, self.critic
+        )
 
         def actor_loss(actor: DeterministicActor) -> Array:
             return -jnp.mean(action_values(critic, obs, actor.act(obs, 0.0))[0])

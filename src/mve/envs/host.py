@@ -49,9 +49,12 @@ def _check_spaces(env: gym.Env, name: str) -> tuple[Box, Box]:
         )
     if not isinstance(action, Box) or len(action.shape) != 1:
         raise UserError(
-            f"{name}: action space {_one_line(action)} is not supported; it has to be a Box with one axis (continuous control)"
+            f"{name}: action space {_one_line(action)} is not supported; "
+            "it has to be a Box with one axis (continuous control)"
         )
-    if not (np.isfinite(action.low).all() and np.isfinite(action.high).all() and (action.low < action.high).all()):
+    if not (
+        np.isfinite(action.low).all() and np.isfinite(action.high).all() and (action.low < action.high).all()
+    ):
         raise UserError(
             f"{name}: action space {_one_line(action)} has unbounded or empty ranges; "
             "give it finite limits (gymnasium.wrappers.RescaleAction or ClipAction)"
@@ -113,19 +116,22 @@ class HostEnv:
         return Known(reward, termination)
 
     def _reset(self) -> np.ndarray:
-        seed = int(np.random.default_rng([EPISODE_STREAM, self._seed, self.num_episodes]).integers(LARGEST_SEED))
+        seed = int(
+            np.random.default_rng([EPISODE_STREAM, self._seed, self.num_episodes]).integers(LARGEST_SEED)
+        )
         obs, _ = self._env.reset(seed=seed)
         self._return, self._length = 0.0, 0
         return self._checked(obs)
 
     def _checked(self, obs: Any) -> np.ndarray:
         obs = np.asarray(obs, np.float32)
-        if obs.shape != (self.spec.obs_size,) or not np.isfinite(obs).all():
-            raise UserError(
-                f"{self.spec.name}: observation after step {self.num_steps} is "
-                f"{'not finite' if obs.shape == (self.spec.obs_size,) else f'of shape {obs.shape}'}: {_one_line(obs)}"
-            )
-        return obs
+        if obs.shape != (self.spec.obs_size,):
+            fault = f"has shape {obs.shape}, not ({self.spec.obs_size},)"
+        elif not np.isfinite(obs).all():
+            fault = f"is not finite: {_one_line(obs)}"
+        else:
+            return obs
+        raise UserError(f"{self.spec.name}: the observation after step {self.num_steps} {fault}")
 
     def collect(self, policy: HostPolicy, num_steps: int) -> tuple[Transition, list[Episode]]:
         """The next `num_steps` real steps as a batch (T, ...), and the episodes that ended within.
@@ -137,7 +143,9 @@ class HostEnv:
         for _ in range(num_steps):
             obs = self._reset() if self._obs is None else self._obs
             action = np.asarray(policy(obs), np.float32)
-            next_obs, reward, terminated, truncated, _ = self._env.step(native_action(self._action_space, action))
+            next_obs, reward, terminated, truncated, _ = self._env.step(
+                native_action(self._action_space, action)
+            )
             self.num_steps += 1
             next_obs, reward = self._checked(next_obs), float(reward)
             if not np.isfinite(reward):

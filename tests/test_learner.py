@@ -1,0 +1,193 @@
+"""The Python interface, on an id and on an environment of one's own; the run folder that it leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import gymnasium as gym
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gymnasium.spaces import Box
+
+import mve
+from mve import Learner
+from mve.types import UserError
+
+SMALL = (
+    "agent.hidden=[16]",
+    "agent.batch_size=16",
+    "dynamics.hidden=[16]",
+    "dynamics.members=2",
+    "dynamics.batch_size=16",
+    "dynamics.initial_fits=10",
+    "dynamics.learning_starts=60",
+    "train.learning_starts=60",
+    "train.updates_per_step=1",
+    "evaluate.episodes=2",
+    "evaluate.interval_steps=100",
+)
+
+
+class Slide(gym.Env):
+    """A point that is pushed along a line; its own task, known to nobody, with odd action limits."""
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = Box(np.array([-1.0]), np.array([3.0]), dtype=np.float64)
+
+    def __init__(self) -> None:
+        self.state = np.zeros(2)
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.state, self.steps = self.np_random.normal(size=2), 0
+        return self.state.copy(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        assert self.action_space.contains(action)
+        self.state = 0.9 * self.state + 0.1 * float(action[0])
+        self.steps += 1
+        return self.state.copy(), -float(np.abs(self.state).sum()), False, self.steps == 25, {}
+
+
+@pytest.fixture(scope="module")
+def learner(tmp_path_factory: pytest.TempPathFactory) -> Learner:
+    folder = tmp_path_factory.mktemp("slide") / "run"
+    return Learner(Slide(), run_dir=folder, settings=SMALL, quiet=True).learn(220)
+
+
+def test_learning_on_an_instance_counts_real_steps_exactly(learner: Learner) -> None:
+    assert learner.num_timesteps == 220
+
+
+def test_predict_answers_in_the_environments_own_units(learner: Learner) -> None:
+    action, state = learner.predict(np.zeros(2), deterministic=True)
+    assert state is None
+    assert action.shape == (1,)
+    assert learner._env._env.action_space.contains(action)
+    batch, _ = learner.predict(np.zeros((5, 2)))
+    np.testing.assert_allclose(batch, np.repeat(action[None], 5, 0), atol=1e-6)
+
+
+def test_predict_explores_when_it_is_asked_to(learner: Learner) -> None:
+    draws = [learner.predict(np.zeros(2), deterministic=False)[0].item() for _ in range(5)]
+    assert len(set(draws)) > 1
+
+
+def test_predict_refuses_an_observation_of_another_size(learner: Learner) -> None:
+    with pytest.raises(UserError, match=r"shape \(3,\)"):
+        learner.predict(np.zeros(3))
+
+
+def test_the_run_folder_holds_everything_that_was_promised(learner: Learner) -> None:
+    names = {p.name for p in learner.folder.iterdir()}
+    assert names >= {
+        "config.json", "versions.json", "metrics.jsonl", "evaluations.csv", "curve.png", "checkpoints"
+    }  # fmt: skip
+    records = [json.loads(line) for line in (learner.folder / "metrics.jsonl").read_text().splitlines()]
+    seen = set().union(*records)
+    assert seen >= {
+        "time/total_timesteps", "time/time_elapsed", "time/fps", "rollout/ep_rew_mean", "rollout/ep_len_mean",
+        "eval/mean_reward", "eval/mean_ep_length", "train/actor_loss", "train/critic_loss", "train/ent_coef",
+        "train/n_updates", "model/loss", "model/mse_k1", "model/mse_k3", "model/mse_k5", "mve/horizon",
+    }  # fmt: skip
+    with (learner.folder / "evaluations.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["step", "episode", "return", "length"]
+    assert [(int(r["step"]), int(r["episode"])) for r in rows] == [
+        (step, episode) for step in (100, 200, 220) for episode in (0, 1)
+    ]
+    assert all(int(r["length"]) == 25 for r in rows)
+
+
+def test_an_evaluation_depends_on_policy_seed_and_step_only(learner: Learner) -> None:
+    first, second = learner.evaluate(3), learner.evaluate(3)
+    np.testing.assert_array_equal(first.returns, second.returns)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    learner: Learner, tmp_path: Path
+) -> None:
+    again = Learner(Slide(), run_dir=tmp_path / "a", settings=SMALL, quiet=True).learn(220)
+    assert eqx.tree_equal(learner._state.agent, again._state.agent)
+    other = Learner(Slide(), run_dir=tmp_path / "b", settings=SMALL, quiet=True, seed=1).learn(220)
+    assert not eqx.tree_equal(learner._state.agent, other._state.agent)
+
+
+def test_a_loaded_learner_predicts_the_same_and_learns_on(learner: Learner, tmp_path: Path) -> None:
+    learner.save(tmp_path / "saved")
+    loaded = Learner.load(tmp_path / "saved", Slide(), quiet=True)
+    assert eqx.tree_equal(learner._state, loaded._state)
+    obs = np.array([0.3, -0.2])
+    np.testing.assert_array_equal(learner.predict(obs)[0], loaded.predict(obs)[0])
+    assert loaded.learn(50).num_timesteps == 270
+
+
+def test_loading_an_instances_run_without_the_instance_says_so(learner: Learner) -> None:
+    with pytest.raises(UserError, match="environment instance"):
+        Learner.load(learner.folder)
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(learner: Learner) -> None:
+    with pytest.raises(UserError, match="already holds a run"):
+        Learner(Slide(), run_dir=learner.folder, settings=SMALL, quiet=True).learn(220)
+
+
+def test_a_learner_writes_nothing_before_it_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Learner("Pendulum-v1", settings=SMALL)
+    assert os.listdir(tmp_path) == []
+
+
+def test_mujoco_leaves_nothing_outside_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    learner = Learner("InvertedPendulum-v5", settings=SMALL, run_dir=tmp_path / "run", quiet=True)
+    learner.learn(80)
+    assert os.listdir(tmp_path) == ["run"]
+    assert "deprecated" not in capfd.readouterr().err
+
+
+def test_your_own_functions_are_used_and_asked_for_again(tmp_path: Path) -> None:
+    def reward(obs: Any, action: Any, next_obs: Any) -> Any:
+        del obs, action
+        return -jnp.sum(jnp.abs(next_obs), axis=-1)
+
+    mine = Learner(Slide(), run_dir=tmp_path / "run", settings=SMALL, reward_fn=reward, quiet=True).learn(80)
+    assert mine._recipe.known.reward is not None
+    assert mine._recipe.known.termination is None
+    with pytest.raises(UserError, match="reward function"):
+        Learner.load(tmp_path / "run", Slide())
+    Learner.load(tmp_path / "run", Slide(), reward_fn=reward)
+
+
+def test_a_budget_in_which_nothing_is_learned_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="ends before learning starts"):
+        Learner("Pendulum-v1", run_dir=tmp_path / "run").learn(500)
+
+
+def test_an_agent_may_not_start_before_its_model(tmp_path: Path) -> None:
+    settings = [*SMALL, "dynamics.learning_starts=70"]
+    with pytest.raises(UserError, match="never fitted"):
+        Learner("Pendulum-v1", run_dir=tmp_path / "run", settings=settings).learn(200)
+
+
+def test_a_known_function_that_is_asked_for_has_to_exist() -> None:
+    with pytest.raises(UserError, match="no reward function is known"):
+        Learner(Slide(), settings=[*SMALL, "dynamics.reward=known"])
+
+
+def test_the_package_offers_the_learner_and_the_error() -> None:
+    assert mve.Learner is Learner
+    assert mve.UserError is UserError
+    with pytest.raises(AttributeError):
+        mve.nothing  # noqa: B018
