@@ -111,9 +111,7 @@ def test_an_evaluation_depends_on_policy_seed_and_step_only(learner: Learner) ->
     np.testing.assert_array_equal(first.returns, second.returns)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(
-    learner: Learner, tmp_path: Path
-) -> None:
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(learner: Learner, tmp_path: Path) -> None:
     again = Learner(Slide(), run_dir=tmp_path / "a", settings=SMALL, quiet=True).learn(220)
     assert eqx.tree_equal(learner._state.agent, again._state.agent)
     other = Learner(Slide(), run_dir=tmp_path / "b", settings=SMALL, quiet=True, seed=1).learn(220)
@@ -139,9 +137,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(learner: Learner) -> None
         Learner(Slide(), run_dir=learner.folder, settings=SMALL, quiet=True).learn(220)
 
 
-def test_a_learner_writes_nothing_before_it_learns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_learner_writes_nothing_before_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Learner("Pendulum-v1", settings=SMALL)
     assert os.listdir(tmp_path) == []

@@ -70,9 +70,11 @@ PROBES = {
         {(0, 0): 0.5, (1, 0.5): 1, (1, 0): 0.5},
         {1: 0.5},
     ),
-    # Three steps to a time limit, which is no end: 1 + 1/2 + 1/4 + ... = 2. The states are 0, 1, 2 and 3.
+    # Three steps to a time limit, which is no end: 1 + 1/2 + 1/4 + ... = 2. Begins anywhere, so that the
+    # state before a limit is known to the critic and not to its extrapolation only.
     "no_end": Answers(
-        Probe(lambda s, a: 1.0, num_steps=3, truncated=True), {(0, 0): 2, (1, 0): 2, (2, 0): 2}
+        Probe(lambda s, a: 1.0, num_steps=3, first_obs=(0.0, 1.0, 2.0, 3.0), truncated=True),
+        {(0, 0): 2, (1, 0): 2, (2, 0): 2, (3, 0): 2},
     ),
 }
 

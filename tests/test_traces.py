@@ -48,9 +48,7 @@ def run(seed: int, blocks: int = 4) -> TrainState:
     state = train.init(recipe(), capacity=100, seed=seed)
     for i in range(blocks):
         rows, fits, updates = BLOCK - (i == blocks - 1), 3 * (i > 0), 2 * (i > 1)
-        state, _ = train.learn(
-            state, block(i), np.int32(rows), np.int32(fits), np.int32(updates), recipe()
-        )
+        state, _ = train.learn(state, block(i), np.int32(rows), np.int32(fits), np.int32(updates), recipe())
     return state
 
 
@@ -85,6 +83,7 @@ def test_a_larger_ring_changes_nothing_that_is_learned(trained: TrainState) -> N
 
 def test_seeds_side_by_side_take_the_steps_that_each_takes_alone(trained: TrainState) -> None:
     """To rounding: a batched matrix product may sum in another order."""
+
     def update(state: TrainState, seed: jax.Array) -> Agent:
         return train.update_step(state.agent, state.replay, state.model, recipe(), jax.random.key(seed))[0]
 

@@ -52,7 +52,7 @@ class Train:
     algo: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """One of those that `mve list` shows; mve-sac if not given."""
     steps: Steps = None
-    """Environment steps; fifty full-length episodes if not given."""
+    """Environment steps; 25 full-length episodes if not given."""
     seed: int = 0
     """Decides everything that is drawn at random."""
     run_dir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None

@@ -18,17 +18,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import gymnasium as gym
-import jax
 import jax.numpy as jnp
 import numpy as np
 from gymnasium import wrappers
 from jax import Array
 
+from mve.envs.kinematics import f32, kinematics, matmul, norm
 from mve.types import Known, RewardFn, TerminationFn
 
 Builder: TypeAlias = Callable[[Any, int], Known]  # (unwrapped environment, version of its class)
@@ -102,12 +101,12 @@ def _inverted_double_pendulum(env: Any, version: int) -> Known:
     """
     CART, SIN_1, SIN_2, COS_1, COS_2, _CART_SPEED, SPEED_1, SPEED_2 = range(8)
     bonus = 10.0 if version == 4 else float(env._healthy_reward)
-    poses, body, site = _kinematics(env.model), env.model.site_bodyid[0], _f32([*env.model.site_pos[0], 1])
+    poses, body, site = kinematics(env.model), env.model.site_bodyid[0], f32([*env.model.site_pos[0], 1])
 
     def tip(obs: Array) -> tuple[Array, Array]:
         # Angles, rather than the sum formulas: a model's sine and cosine need not lie on the unit circle.
         first, second = jnp.arctan2(obs[SIN_1], obs[COS_1]), jnp.arctan2(obs[SIN_2], obs[COS_2])
-        x, _, y, _ = _matmul(poses(jnp.stack([obs[CART], first, second]))[body], site)
+        x, _, y, _ = matmul(poses(jnp.stack([obs[CART], first, second]))[body], site)
         return x, y
 
     def terminated(_: Array, __: Array, next_obs: Array) -> Array:
@@ -135,7 +134,7 @@ def _reacher(env: Any, version: int) -> Known:
 
     def reward(obs: Array, action: Array, next_obs: Array) -> Array:
         seen = obs if version == 4 else next_obs
-        return -near * _norm(seen[-width:]) - control * jnp.sum(action**2)
+        return -near * norm(seen[-width:]) - control * jnp.sum(action**2)
 
     return Known(_over_batch(reward), _never)
 
@@ -149,7 +148,7 @@ def _pusher(env: Any, version: int) -> Known:
 
     def reward(obs: Array, action: Array, next_obs: Array) -> Array:
         tips, thing, goal = (obs if version == 4 else next_obs)[-9:].reshape(3, 3)
-        return -near * _norm(thing - tips) - far * _norm(thing - goal) - control * jnp.sum(action**2)
+        return -near * norm(thing - tips) - far * norm(thing - goal) - control * jnp.sum(action**2)
 
     return Known(_over_batch(reward), _never)
 
@@ -226,7 +225,7 @@ def _ant(env: Any, version: int) -> Known:
 
     body = env.data.body(env._main_body if version == 5 else "torso").id
     forward = (float(env._forward_reward_weight) if version == 5 else 1.0) / env.dt
-    control, poses = float(env._ctrl_cost_weight), _kinematics(env.model)
+    control, poses = float(env._ctrl_cost_weight), kinematics(env.model)
     # v5 observes every body but the world, whose force is zero before the clipping but maybe not after it.
     weakest, strongest = map(float, env._contact_force_range)
     unseen = 6 * min(max(0.0, weakest), strongest) ** 2 if version == 5 else 0.0
@@ -260,9 +259,9 @@ def _humanoid(env: Any, version: int) -> Known:
 
     low, high = map(float, env._contact_cost_range) if version == 5 else (0.0, 0.0)
     forward, control = float(env._forward_reward_weight) / env.dt, float(env._ctrl_cost_weight)
-    poses, mass = _kinematics(env.model), env.model.body_mass
+    poses, mass = kinematics(env.model), env.model.body_mass
     centres = np.insert(env.model.body_ipos, 3, 1, axis=1)  # in homogeneous coordinates
-    shares = _f32(mass[:, None] / mass.sum() * centres)
+    shares = f32(mass[:, None] / mass.sum() * centres)
 
     def x(obs: Array) -> Array:
         return jnp.sum(poses(obs[: env.model.nq])[:, 0] * shares)
@@ -308,74 +307,6 @@ def _has_stock_model(env: Any, name: str) -> bool:
 
 def _over_batch(function: Scalar) -> Scalar:
     return jnp.vectorize(function, signature="(s),(a),(s)->()")
-
-
-# Forward kinematics
-
-# Full float32: a GPU would multiply matrices with ten bits, and a velocity divides by a short dt what two
-# nearly equal positions leave.
-_matmul = partial(jnp.matmul, precision="highest")
-
-
-def _kinematics(model: Any) -> Callable[[Array], Array]:
-    """qpos -> pose (nbody, 4, 4) of every body in the world: mj_kinematics as a chain of products.
-
-    A body's pose is its parent's, times its fixed offset, times the motion of each of its joints. A hinge at
-    point p with unit axis a moves by I + sin θ A + (1 - cos θ) A², where A = [a× | p × a]; a slide by
-    I + θ A, where A = [0 | a]; a free joint places its body in the world whatever the offset.
-    """
-    FREE, BALL, SLIDE, _HINGE = range(4)  # MuJoCo's mjtJoint
-    slides, axes, points = model.jnt_type == SLIDE, model.jnt_axis, model.jnt_pos
-    generators = np.zeros((model.njnt, 4, 4))
-    generators[~slides, :3, :3] = np.cross(np.eye(3), axes[~slides, None])  # a× as a matrix
-    generators[:, :3, 3] = np.where(slides[:, None], axes, np.cross(points, axes))
-    first, second, points = _f32(generators), _f32(generators @ generators), _f32(points)
-    offsets = jax.vmap(_pose)(_f32(model.body_quat), _f32(model.body_pos))
-
-    def move(pose: Array, joint: int, qpos: Array) -> Array:
-        q, kind = qpos[model.jnt_qposadr[joint] :], model.jnt_type[joint]
-        if kind == FREE:
-            return _pose(q[3:7], q[:3])
-        if kind == BALL:
-            return _matmul(pose, _matmul(_pose(q[:4], points[joint]), _pose(jnp.eye(4)[0], -points[joint])))
-        moved = q[0] - float(model.qpos0[model.jnt_qposadr[joint]])
-        if kind == SLIDE:
-            return _matmul(pose, jnp.eye(4) + moved * first[joint])
-        turn = jnp.eye(4) + jnp.sin(moved) * first[joint] + (1 - jnp.cos(moved)) * second[joint]
-        return _matmul(pose, turn)
-
-    def poses(qpos: Array) -> Array:
-        placed = [offsets[0]]
-        for body in range(1, model.nbody):
-            pose = _matmul(placed[model.body_parentid[body]], offsets[body])
-            first_joint = model.body_jntadr[body]
-            for joint in range(first_joint, first_joint + model.body_jntnum[body]):
-                pose = move(pose, joint, qpos)
-            placed.append(pose)
-        return jnp.stack(placed)
-
-    return poses
-
-
-def _pose(quaternion: Array, place: Array) -> Array:
-    """A turn by the quaternion, then a shift. It is normalised, since a model's prediction need not be."""
-    w, x, y, z = quaternion / _norm(quaternion)
-    px, py, pz = place
-    rows = (
-        (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), px),
-        (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x), py),
-        (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y), pz),
-        (0.0, 0.0, 0.0, 1.0),
-    )
-    return jnp.stack([jnp.stack(row) for row in rows])
-
-
-def _norm(vector: Array) -> Array:
-    return jnp.sqrt(jnp.sum(vector**2))
-
-
-def _f32(array: Any) -> Array:
-    return jnp.asarray(array, jnp.float32)
 
 
 _MUJOCO: dict[str, Builder] = {
