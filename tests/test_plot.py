@@ -9,13 +9,17 @@ import numpy as np
 from mve import log, plot
 
 
-def write_run(folder: Path, task: str, algo: str, seed: int, model: bool, points: int = 3) -> Path:
+def write_run(
+    folder: Path, task: str, algo: str, seed: int, model: bool, points: int = 3, horizon: int = 3
+) -> Path:
     with log.RunLog(folder, points, quiet=True) as records:
         for step in range(1, points + 1):
             errors = {f"model/mse_k{k}": k / step for k in (1, 3)} if model else {}
             records.record(step, {"train/critic_loss": 1.0, **errors})
             records.evaluation(step, [float(step), step + 2.0], [5, 5])
-    log.write_json(folder / "config.json", {"algo": algo, "seed": seed, "env": {"id": task}, "task": task})
+    targets = {"estimator": "mve_tdk" if model else "one_step", "horizon_steps": horizon}
+    facts = {"algo": algo, "seed": seed, "env": {"id": task}, "task": task, "targets": targets}
+    log.write_json(folder / "config.json", facts)
     return folder
 
 
@@ -41,6 +45,14 @@ def test_a_run_is_read_as_mean_and_range_over_episodes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run.mean, [2.0, 3.0, 4.0])
     np.testing.assert_array_equal(run.low, [1.0, 2.0, 3.0])
     np.testing.assert_array_equal(run.errors[3][1], [3.0, 1.5, 1.0])
+
+
+def test_horizons_of_one_algorithm_are_told_apart(tmp_path: Path) -> None:
+    runs = [
+        plot.read_run(write_run(tmp_path / f"{h}", "A-v0", "mve", 0, model=True, horizon=h)) for h in (0, 3)
+    ]
+    assert [run.algo for run in plot.told_apart(runs)] == ["mve, H = 0", "mve, H = 3"]
+    assert [run.algo for run in plot.told_apart(runs[:1])] == ["mve"]
 
 
 def test_the_mean_over_seeds_covers_only_what_all_of_them_measured() -> None:

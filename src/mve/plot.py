@@ -40,6 +40,7 @@ class Run(NamedTuple):
 
     task: str
     algo: str
+    horizon: int  # imagined steps per target
     seed: int
     step: np.ndarray  # of each evaluation
     mean: np.ndarray
@@ -54,7 +55,7 @@ def curve(folders: Sequence[Path], output: Path) -> Path:
     import matplotlib
     from matplotlib.figure import Figure
 
-    runs = [read_run(folder) for folder in folders]
+    runs = told_apart([read_run(folder) for folder in folders])
     tasks = list(dict.fromkeys(run.task for run in runs))
     has_model = any(run.errors for run in runs)
     colours = {
@@ -95,6 +96,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         task=facts.get("task") or facts["env"]["id"],
         algo=facts["algo"],
+        horizon=0 if facts["targets"]["estimator"] == "one_step" else facts["targets"]["horizon_steps"],
         seed=facts["seed"],
         step=step,
         mean=np.array([r.mean() for r in returns]),
@@ -103,6 +105,15 @@ def read_run(folder: Path) -> Run:
         episodes=max((len(r) for r in returns), default=0),
         errors=dict(sorted(errors.items())),
     )
+
+
+def told_apart(runs: list[Run]) -> list[Run]:
+    """Runs of one algorithm with different horizons are different algorithms in a picture."""
+    horizons = {run.algo: {r.horizon for r in runs if r.algo == run.algo} for run in runs}
+    return [
+        run._replace(algo=f"{run.algo}, H = {run.horizon}") if len(horizons[run.algo]) > 1 else run
+        for run in runs
+    ]
 
 
 def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
