@@ -236,7 +236,8 @@ def test_resume_goes_on_where_the_run_stopped(run: Path, capsys: pytest.CaptureF
     assert main(["resume", "run", "--steps", "160"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("evaluation   ")
-    assert err.startswith("step 480/480  evaluation ")
+    assert err.startswith("Pendulum-v1 with mve-sac: ")
+    assert "step 480/480  evaluation " in err
     after = log.read_evaluations(run)
     np.testing.assert_array_equal(after["step"], [160, 160, 320, 320, 480, 480])
     np.testing.assert_array_equal(after["return"][:4], before["return"])

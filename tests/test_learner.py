@@ -166,6 +166,14 @@ def test_your_own_functions_are_used_and_asked_for_again(tmp_path: Path) -> None
     Learner.load(tmp_path / "run", Slide(), reward_fn=reward)
 
 
+def test_a_learner_describes_what_its_model_has_to_learn(learner: Learner) -> None:
+    assert learner.describe() == (
+        "Slide with mve-sac: 2 observations, 1 actions, 220 steps; H = 3, reward learned, termination learned"
+    )
+    assert "reward known, termination known" in Learner("Pendulum-v1", settings=SMALL).describe()
+    assert Learner("Pendulum-v1", "sac").describe().endswith("no model")
+
+
 def test_a_budget_in_which_nothing_is_learned_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ends before learning starts"):
         Learner("Pendulum-v1", run_dir=tmp_path / "run").learn(500)

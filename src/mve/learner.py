@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -120,6 +121,17 @@ class Learner:
         """Real environment steps so far."""
         return int(self._state.num_env_steps)
 
+    def describe(self) -> str:
+        """One line: task, sizes, budget, and what the model has to learn."""
+        cfg, known = self.config, self._recipe.known
+        sizes = f"{self.spec.obs_size} observations, {self.spec.action_size} actions"
+        text = f"{self.spec.name} with {cfg.algo}: {sizes}, {cfg.train.total_steps} steps"
+        if not self._recipe.uses_model:
+            return f"{text}; no model"
+        told = {True: "learned", False: "known"}
+        reward, termination = told[known.reward is None], told[known.termination is None]
+        return f"{text}; H = {cfg.targets.imagined_steps}, reward {reward}, termination {termination}"
+
     def _capacity(self) -> int:
         return min(self.config.replay.capacity, self.config.train.total_steps)
 
@@ -185,6 +197,8 @@ class Learner:
             self.config = replace(self.config, train=budget)
         schedule.check(self.config, self._recipe.uses_model)
         self._open_folder()
+        if not self._quiet:
+            print(self.describe(), file=sys.stderr)
         if self._capacity() > self._state.replay.capacity:
             self._state = train.grow(self._state, self._capacity())
         total = self.config.train.total_steps
