@@ -1,0 +1,118 @@
+"""Presets and settings: what they come to, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mve import config
+from mve.agents import AGENTS
+from mve.config import PRESETS, build, from_json, to_json
+from mve.types import UserError
+
+TASKS = ("HalfCheetah-v5", "Swimmer-v5", "Walker2d-v5", "Pendulum-v1")
+
+
+@pytest.mark.parametrize("algo", PRESETS)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_preset_builds_and_survives_json(algo: str, task: str) -> None:
+    built = build(task, algo, seed=3)
+    assert type(built.agent) is AGENTS[built.learner][0]
+    assert from_json(json.loads(json.dumps(to_json(built)))) == built
+
+
+def test_the_json_holds_every_setting_not_only_the_changed_ones() -> None:
+    data = to_json(build("Pendulum-v1", "sac"))
+    assert data["dynamics"]["learning_rate"] == 1e-3
+    assert data["targets"]["discount"] == 0.99
+    assert data["replay"]["capacity"] == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("task", "horizon"), [("HalfCheetah-v5", 10), ("Swimmer-v5", 10), ("Walker2d-v5", 3)]
+)
+def test_the_paper_preset_is_the_paper(task: str, horizon: int) -> None:
+    built = build(task, "paper")
+    assert built.targets.estimator == "mve_tdk"
+    assert built.targets.horizon_steps == horizon
+    assert built.targets.divide_by_horizon
+    assert built.agent.batch_size == 512
+    assert built.agent.layer_norm
+    assert built.dynamics.hidden == (128,) * 8
+    assert built.dynamics.members == 1
+    assert built.dynamics.normalise
+    assert built.dynamics.termination == "never"
+    assert built.dynamics.fits_per_step == built.train.updates_per_step == 4
+    assert built.train.block_steps == 100
+    assert not built.env.truncation_is_terminal
+    assert built.env.kwargs == {"exclude_current_positions_from_observation": False}
+
+
+@pytest.mark.parametrize(
+    ("task", "actor_rate", "critic_rate", "target_rate"),
+    [
+        ("HalfCheetah-v5", 1e-3, 1e-3, 1e-2),
+        ("Swimmer-v5", 1e-4, 1e-3, 1e-2),
+        ("Walker2d-v5", 1e-4, 1e-4, 1e-3),
+    ],
+)
+def test_the_repo2018_preset_is_the_authors_last_settings(
+    task: str, actor_rate: float, critic_rate: float, target_rate: float
+) -> None:
+    built = build(task, "repo2018")
+    assert built.targets.horizon_steps == 5
+    assert built.agent.batch_size == 64
+    assert not built.dynamics.normalise
+    assert built.env.truncation_is_terminal
+    assert built.agent.actor_learning_rate == actor_rate
+    assert built.agent.critic_learning_rate == critic_rate
+    assert built.agent.target_rate == target_rate
+
+
+@pytest.mark.parametrize("learner", ["ddpg", "td3", "sac"])
+def test_one_word_switches_expansion_on_and_off(learner: str) -> None:
+    assert build("Pendulum-v1", learner).targets.imagined_steps == 0
+    assert build("Pendulum-v1", learner, ["targets.estimator=mve_tdk"]).targets.imagined_steps == 3
+    assert build("Pendulum-v1", f"mve-{learner}").targets.imagined_steps == 3
+    assert build("Pendulum-v1", f"mve-{learner}", ["targets.estimator=one_step"]).targets.imagined_steps == 0
+
+
+def test_the_users_settings_win_over_the_preset() -> None:
+    built = build("Walker2d-v5", "paper", ["targets.horizon_steps=7", "agent.hidden=[8, 8]"])
+    assert built.targets.horizon_steps == 7
+    assert built.agent.hidden == (8, 8)
+
+
+def test_without_a_name_it_is_mve_on_sac() -> None:
+    assert (
+        build("Pendulum-v1") == build("Pendulum-v1", config.DEFAULT_ALGO) == build("Pendulum-v1", "mve-sac")
+    )
+
+
+@pytest.mark.parametrize(
+    ("algo", "assignment", "message"),
+    [
+        ("mve-sak", "", "unknown algorithm 'mve-sak'; nearest: mve-sac"),
+        (None, "agent.hiden=[16]", "unknown setting 'agent.hiden'; nearest: hidden"),
+        (None, "trin.total_steps=1", "unknown settings section 'trin'; nearest: train"),
+        (None, "agent.hidden=16", "setting agent.hidden = 16: Expected `array`, got `int`"),
+        (None, "agent.hidden=[0]", "setting agent.hidden = [0]: Expected `int` >= 1"),
+        (None, "agent.target_rate=5", "setting agent.target_rate = 5: Expected `float` <= 1.0"),
+        (None, "targets.discount=NaN", "setting targets.discount = nan"),
+        (None, "targets.estimator=mvee", "it has to be one of one_step, mve, mve_tdk"),
+        (None, "train.updates_per_step", "write section.field=value"),
+        (None, "seed=3", "cannot set 'seed'"),
+        (None, "dynamics.members=two", "setting dynamics.members = 'two': Expected `int`, got `str`"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(algo: str | None, assignment: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        build("Pendulum-v1", algo, [assignment] if assignment else [])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_seed_out_of_range_is_refused() -> None:
+    with pytest.raises(UserError, match="seed -1"):
+        build("Pendulum-v1", seed=-1)
