@@ -237,7 +237,7 @@ class Broken(Counting):
     [
         (Broken(obs=np.array([0.0, np.nan])), "observation after step 4 is not finite"),
         (Broken(obs=np.full(60, np.inf), size=60), "observation after step 4 is not finite"),
-        (Broken(obs=np.zeros(3)), r"observation after step 4 is of shape \(3,\)"),
+        (Broken(obs=np.zeros(3)), r"observation after step 4 has shape \(3,\), not \(2,\)"),
         (Broken(reward=float("nan")), "reward of step 4 is nan"),
     ],
     ids=["nan", "many infinities", "shape", "reward"],

@@ -28,8 +28,8 @@ from mve.types import Known
 
 GAMMA = 0.5
 ROWS = 256
-FITS, UPDATES = 400, 1000
-TOLERANCE = 0.1  # of values between -2 and 2
+FITS, UPDATES = 300, 1000
+VALUE_TOLERANCE, ACTION_TOLERANCE = 0.06, 0.1  # values lie within [-2, 2], actions within [-1, 1]
 AGENT = jax.jit(agents.init, static_argnums=(0, 1, 2))
 MODEL = jax.jit(dynamics.init, static_argnums=(0, 1, 2, 3))
 
@@ -38,7 +38,12 @@ EXACT_AGENTS = {  # nothing that blurs Q: no smoothing noise; hardly any entropy
     "td3": {"target_noise": 0.0},
     "sac": {"initial_temperature": 1e-3, "temperature_learning_rate": 1e-9},
 }
-ESTIMATORS = ("one_step", "mve", "mve_tdk")
+# A compilation each. TD-k holds MVE's row, so that MVE alone is a slow test for all but one agent.
+LEARNERS = [
+    pytest.param(agent, estimator, marks=[pytest.mark.slow] if estimator == "mve" and agent != "sac" else [])
+    for agent in AGENTS
+    for estimator in ("one_step", "mve", "mve_tdk")
+]
 
 
 class Answers(NamedTuple):
@@ -134,8 +139,7 @@ def beginner(agent: str) -> Agent:
 
 
 @pytest.mark.parametrize("probe", PROBES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize(("agent", "estimator"), LEARNERS)
 def test_known_values_are_learned(agent: str, estimator: str, probe: str) -> None:
     memory, model = experience(probe)
     learned = improved(beginner(agent), memory, model, recipe(agent, estimator))
@@ -143,9 +147,8 @@ def test_known_values_are_learned(agent: str, estimator: str, probe: str) -> Non
     answers = PROBES[probe]
     obs_action = jnp.array(list(answers.value), jnp.float32)
     value = action_values(learned.critic, obs_action[:, :1], obs_action[:, 1:])
-    print("ERR", np.abs(np.asarray(value) - np.array(list(answers.value.values()))[None]).max())
     for critic in np.asarray(value):
-        np.testing.assert_allclose(critic, list(answers.value.values()), atol=TOLERANCE)
+        np.testing.assert_allclose(critic, list(answers.value.values()), atol=VALUE_TOLERANCE)
     for obs, best in answers.best.items():
         action = learned.policy()(np.array([obs], np.float32), np.zeros(1, np.float32))
-        np.testing.assert_allclose(action, best, atol=TOLERANCE)
+        np.testing.assert_allclose(action, best, atol=ACTION_TOLERANCE)
