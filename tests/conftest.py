@@ -13,6 +13,7 @@ import optax.tree
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
+jax.config.update("jax_disable_most_optimizations", True)  # small programs: compiling them is what takes time
 
 # optax raises a float to its integer step count, which strict promotion forbids even in other people's code.
 _bias_correction = optax.tree.bias_correction

@@ -185,6 +185,12 @@ def test_an_agent_may_not_start_before_its_model(tmp_path: Path) -> None:
         Learner("Pendulum-v1", run_dir=tmp_path / "run", settings=settings).learn(200)
 
 
+def test_a_memory_smaller_than_a_block_is_refused(tmp_path: Path) -> None:
+    settings = [*SMALL, "replay.capacity=10"]
+    with pytest.raises(UserError, match="does not hold one block"):
+        Learner("Pendulum-v1", run_dir=tmp_path / "run", settings=settings).learn(200)
+
+
 def test_a_known_function_that_is_asked_for_has_to_exist() -> None:
     with pytest.raises(UserError, match="no reward function is known"):
         Learner(Slide(), settings=[*SMALL, "dynamics.reward=known"])

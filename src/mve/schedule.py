@@ -35,6 +35,11 @@ def check(config: Config, uses_model: bool) -> None:
             f"a budget of {train.total_steps} steps ends before learning starts "
             f"(train.learning_starts = {train.learning_starts}); raise --steps or lower that setting"
         )
+    if config.replay.capacity < train.block_steps:
+        raise UserError(
+            f"replay.capacity = {config.replay.capacity} does not hold one block of "
+            f"train.block_steps = {train.block_steps} steps"
+        )
     if uses_model and dynamics.learning_starts > train.learning_starts:
         raise UserError(
             f"dynamics.learning_starts = {dynamics.learning_starts} is after train.learning_starts = "
