@@ -96,7 +96,7 @@ def test_without_a_name_it_is_mve_on_sac() -> None:
         ("mve-sak", "", "unknown algorithm 'mve-sak'; nearest: mve-sac"),
         (None, "agent.hiden=[16]", "unknown setting 'agent.hiden'; nearest: hidden"),
         (None, "trin.total_steps=1", "unknown settings section 'trin'; nearest: train"),
-        (None, "agent.hidden=16", "setting agent.hidden = 16: Expected `array`, got `int`"),
+        (None, "agent.hidden=16", "setting agent.hidden = 16: Expected a list such as [256,256], got `int`"),
         (None, "agent.hidden=[0]", "setting agent.hidden = [0]: Expected `int` >= 1"),
         (None, "agent.target_rate=5", "setting agent.target_rate = 5: Expected `float` <= 1.0"),
         (None, "targets.discount=NaN", "setting targets.discount = nan"),

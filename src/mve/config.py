@@ -247,4 +247,5 @@ def _section(name: str, section: type, data: Any) -> Any:
         value, kind = data.get(setting), get_type_hints(section).get(setting)
         if get_origin(kind) is Literal:
             reason = f"it has to be one of {', '.join(map(str, get_args(kind)))}"
+        reason = reason.replace("`array`", "a list such as [256,256]")
         raise UserError(f"setting {name}.{setting} = {value!r}: {reason}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from typing import Any
 
 import gymnasium as gym
@@ -21,7 +22,10 @@ EPISODE_STREAM = 1  # first word of the seeds of training episodes; evaluation a
 def make(config: EnvConfig) -> gym.Env:
     """A fresh environment of that id; a typing mistake gets the nearest names."""
     try:
-        return gym.make(config.id, **(config.kwargs or {}))
+        with warnings.catch_warnings():
+            # An older version is asked for on purpose, to compare with published numbers.
+            warnings.filterwarnings("ignore", message=".*is out of date")
+            return gym.make(config.id, **(config.kwargs or {}))
     except (gym.error.NameNotFound, gym.error.VersionNotFound, gym.error.NamespaceNotFound) as error:
         near = difflib.get_close_matches(config.id, list(gym.registry), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else "; see gymnasium.registry for the names"
