@@ -68,8 +68,8 @@ def monte_carlo_returns(
 @partial(jax.jit, static_argnames=("recipe", "deepest"))
 def targets_by_horizon(
     agent: Agent, model: Dynamics | None, recipe: Recipe, rows: Transition, deepest: int
-) -> Float[Array, " H+1 B"]:
-    """y_k of every row for k = 0..H; k = 0 alone where there is no model."""
+) -> Float[Array, " K B"]:
+    """y_k = r + gamma c C_k(s') of every row for k = 0..H, so K = H+1; k = 0 alone where there is no model."""
     discount = recipe.targets.discount
     if model is None:
         candidates = state_values(agent, rows.next_obs)[None]

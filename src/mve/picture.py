@@ -12,6 +12,7 @@ from mve.types import Json
 
 BLUE, ORANGE, GREEN = COLOURS[:3]
 FAINT = "#8A8A8A"
+HEADING = 0.75  # inches kept for it
 
 
 def draw(report: Json, output: Path) -> Path:
@@ -22,8 +23,10 @@ def draw(report: Json, output: Path) -> Path:
 
     has_model = report.get("model_error") is not None
     with matplotlib.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15, wspace=0.04, hspace=0.05)
-        figure = Figure(figsize=(12.4, 9.6) if has_model else (6.6, 6.0), layout=layout)
+        width, height = (12.4, 9.6) if has_model else (6.6, 6.2)
+        below_heading = (0.0, 0.0, 1.0, 1.0 - HEADING / height)
+        layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15, wspace=0.04, hspace=0.05, rect=below_heading)
+        figure = Figure(figsize=(width, height), layout=layout)
         if has_model:
             (model, critic), (horizons, ensemble) = figure.subplots(2, 2)
             _draw_model_error(model, report["model_error"])
@@ -44,9 +47,8 @@ def _draw_heading(figure: Any, report: Json) -> None:
         f"{report['scored']:,} states scored"
     )
     left = {"x": 0.2 / figure.get_figwidth(), "ha": "left", "va": "top"}
-    # The empty line makes the layout leave room for what stands below.
-    figure.suptitle(f"{heading}\n", y=1 - 0.15 / height, fontsize=15, fontweight="bold", **left)
-    figure.text(y=1 - 0.42 / height, s=below, color=FAINT, fontsize=11, **left)
+    figure.text(y=1 - 0.15 / height, s=heading, fontsize=15, fontweight="bold", **left)
+    figure.text(y=1 - 0.45 / height, s=below, fontsize=11, color=FAINT, **left)
 
 
 def _draw_model_error(axis: Any, error: Json) -> None:
@@ -104,9 +106,9 @@ def _draw_horizons(axis: Any, report: Json) -> None:
         axis.plot(horizon, values, color=colour, linewidth=2.4, marker="o", markersize=4)
         _name(axis, horizon[-1], values[-1], name, colour, side)
     axis.plot(best, rmse[best], marker="o", markersize=11, color=BLUE, fillstyle="none", markeredgewidth=1.8)
-    axis.annotate(
-        "least", (best, rmse[best]), xytext=(0, 10), textcoords="offset points", ha="center", color=BLUE
-    )
+    side = "right" if best == horizon[-1] else "center"  # not over the line's name
+    place = {"xytext": (0, 10), "textcoords": "offset points", "ha": side}
+    axis.annotate("least", (best, rmse[best]), color=BLUE, **place)
     axis.set_xticks(horizon)
     axis.margins(x=0.02, y=0.15)
     _title(
