@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import equinox as eqx
 import jax
@@ -69,7 +69,7 @@ def monte_carlo_returns(
 def targets_by_horizon(
     agent: Agent, model: Dynamics | None, recipe: Recipe, rows: Transition, deepest: int
 ) -> Float[Array, " K B"]:
-    """y_k = r + gamma c C_k(s') of every row for k = 0..H, so K = H+1; k = 0 alone where there is no model."""
+    """y_k = r + gamma c C_k(s') of every row, k = 0..H, so K = H+1; k = 0 alone where there is no model."""
     discount = recipe.targets.discount
     if model is None:
         candidates = state_values(agent, rows.next_obs)[None]
@@ -176,7 +176,7 @@ def score(predicted: np.ndarray, earned: np.ndarray) -> Json:
     return {"bias": bias, "mse": mse, "rmse": rmse}
 
 
-def plain(numbers: Iterable[float]) -> list[float | None]:
+def plain(numbers: Iterable[SupportsFloat]) -> list[float | None]:
     """For JSON: six digits, null where not finite."""
     return [float(f"{x:.6g}") if np.isfinite(x) else None for x in map(float, numbers)]
 
