@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mve import Learner, diagnose, dynamics, measure
+from mve import Learner, diagnose, dynamics, measure, replay
 from mve.agents import Agent
 from mve.agents.ddpg import DDPGConfig
 from mve.cli import main
@@ -184,17 +184,27 @@ def test_calibration_compares_spread_and_error_bin_by_bin() -> None:
 # The command
 
 TINY = [
-    *("agent.hidden=[16]", "agent.batch_size=16", "dynamics.hidden=[16]", "dynamics.batch_size=16"),
-    *("dynamics.members=2", "dynamics.initial_fits=5", "dynamics.learning_starts=100"),
-    *("train.learning_starts=100", "train.updates_per_step=0.5", "targets.discount=0.9"),
-    *("evaluate.episodes=1", "dynamics.termination=learned"),
+    *("agent.hidden=[16]", "dynamics.hidden=[16]", "dynamics.members=2", "dynamics.termination=learned"),
+    *("targets.discount=0.9", "train.total_steps=60"),
 ]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that remembers sixty random steps and has learned nothing: no compilation to wait for."""
+    learner = Learner("Pendulum-v1", settings=TINY, quiet=True)
+    rng, state = np.random.default_rng(0), learner._state
+    block, _ = learner._env.collect(lambda obs: rng.uniform(-1, 1, 1), 60)
+    rows, num_rows = jax.tree.map(jnp.asarray, block), jnp.int32(60)
+    assert state.model is not None
+    model = dynamics.observe(state.model, rows, num_rows, learner.config.dynamics)
+    learner._state = eqx.tree_at(
+        lambda s: (s.replay, s.model, s.num_env_steps),
+        state,
+        (replay.add(state.replay, rows, num_rows), model, num_rows),
+    )
     folder = tmp_path_factory.mktemp("diagnosed") / "run"
-    Learner("Pendulum-v1", run_dir=folder, settings=TINY, quiet=True).learn(120)
+    learner.save(folder)
     return folder
 
 
@@ -205,7 +215,7 @@ def test_diagnose_writes_numbers_and_picture_and_says_what_it_found(
     output = tmp_path / "deep" / "diagnosis"
     assert main(["diagnose", str(run), "--output", str(output), "--episodes", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Pendulum-v1, mve-sac, step 120: 2 fresh episodes, 400 states scored\n")
+    assert out.startswith("Pendulum-v1, mve-sac, step 60: 2 fresh episodes, 400 states scored\n")
     assert out.endswith(f"written      {output}\n")
     assert {p.name for p in output.iterdir()} == {"diagnosis.json", "diagnosis.png"}
     assert (output / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
@@ -229,7 +239,7 @@ def test_diagnose_writes_numbers_and_picture_and_says_what_it_found(
 
 
 def test_a_base_learner_gets_the_critic_part_alone(tmp_path: Path) -> None:
-    learner = Learner("Pendulum-v1", "sac", settings=TINY[:2], run_dir=tmp_path / "none", quiet=True)
+    learner = Learner("Pendulum-v1", "sac", settings=TINY[:1], run_dir=tmp_path / "none", quiet=True)
     report = diagnose.diagnose(learner, 1)
     assert "model_error" not in report
     assert report["horizon_weights"] == [1.0]

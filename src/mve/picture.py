@@ -58,7 +58,7 @@ def _draw_model_error(axis: Any, error: Json) -> None:
         low, median, high = (_floats(error[name][level]) for level in ("low", "median", "high"))
         axis.fill_between(depth, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.plot(depth, median, color=colour, linewidth=2.4, marker="o", markersize=4)
-        _name(axis, depth[-1], median[-1], name, colour)
+        _name(axis, float(depth[-1]), median[-1], name, colour)
     axis.set_ylim(bottom=0)
     axis.set_xticks(depth)
     axis.margins(x=0.02)
@@ -104,7 +104,7 @@ def _draw_horizons(axis: Any, report: Json) -> None:
     )
     for name, values, colour, side in lines:
         axis.plot(horizon, values, color=colour, linewidth=2.4, marker="o", markersize=4)
-        _name(axis, horizon[-1], values[-1], name, colour, side)
+        _name(axis, float(horizon[-1]), values[-1], name, colour, side)
     axis.plot(best, rmse[best], marker="o", markersize=11, color=BLUE, fillstyle="none", markeredgewidth=1.8)
     side = "right" if best == horizon[-1] else "center"  # not over the line's name
     place = {"xytext": (0, 10), "textcoords": "offset points", "ha": side}
