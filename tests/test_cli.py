@@ -98,7 +98,10 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     ("argv", "message"),
     [
         ("trian Pendulum-v1", "mve: unknown command 'trian'; did you mean `mve train`?"),
-        ("xyz", "mve: unknown command 'xyz'; there are train, eval, resume, plot, list, doctor"),
+        (
+            "xyz",
+            "mve: unknown command 'xyz'; there are train, eval, resume, plot, diagnose, check, list, doctor",
+        ),
         ("train", "mve: train needs ENV; see `mve train --help`"),
         ("eval", "mve: eval needs RUN; see `mve eval --help`"),
         (

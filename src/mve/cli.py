@@ -1,4 +1,4 @@
-"""mve train | eval | resume | plot | list | doctor.
+"""mve train | eval | resume | plot | diagnose | check | list | doctor.
 
 Only tyro and rich are imported here: JAX and the rest wait until a command needs them, so that help and
 mistakes in the command line are answered at once.
@@ -181,6 +181,77 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Diagnose:
+    """Measure a run's model, critic and targets against fresh episodes of the real environment."""
+
+    run_folder: Folder
+    """Folder of the run."""
+    output: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Folder for diagnosis.json and diagnosis.png; RUN/diagnosis if not given."""
+    episodes: Annotated[int, arg(metavar="N")] = 5
+    """How many to play."""
+    json: bool = False
+    """Print the numbers as JSON."""
+    reward: FunctionPath = None
+    """As it was given to train."""
+    termination: FunctionPath = None
+    """As it was given to train."""
+
+    def run(self) -> int:
+        from mve import diagnose
+        from mve.learner import Learner
+
+        episodes = _at_least_one("--episodes", self.episodes)
+        learner = Learner.load(
+            self.run_folder,
+            reward_fn=_function("reward", self.reward),
+            termination_fn=_function("termination", self.termination),
+        )
+        report = diagnose.diagnose(learner, episodes)
+        folder = diagnose.write(report, self.output or self.run_folder / "diagnosis")
+        print(json.dumps(report, indent=2) if self.json else diagnose.summary(report, folder))
+        return 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """Score reward and termination functions on real steps; without any, those that are shipped."""
+
+    env: Annotated[Positional[str], arg(metavar="ENV")]
+    """Gymnasium id, such as Pendulum-v1 or HalfCheetah-v5."""
+    reward: FunctionPath = None
+    """Your JAX function (obs, action, next_obs) -> reward."""
+    termination: FunctionPath = None
+    """Your JAX function (obs, action, next_obs) -> bool."""
+    steps: Annotated[int, arg(metavar="N")] = 2000
+    """Real steps to play, with random actions."""
+    seed: int = 0
+    """Of the steps."""
+    settings: Settings = dataclasses.field(default_factory=list)
+    """Settings of the environment, as they are given to train."""
+    json: bool = False
+    """Print the scores as JSON."""
+
+    def run(self) -> int:
+        from mve import check, config
+        from mve.envs import host
+        from mve.log import capture_mujoco_warnings
+        from mve.types import Known
+
+        steps = _at_least_one("--steps", self.steps)
+        places = {"reward": self.reward, "termination": self.termination}
+        known = Known(**{flag: _function(flag, place) for flag, place in places.items()})
+        built = config.build(self.env, None, [s for given in self.settings for s in given], self.seed)
+        with capture_mujoco_warnings(None):
+            report = check.check(host.make(built.env), known, sources=places, steps=steps, seed=self.seed)
+        if self.json:
+            print(json.dumps(dataclasses.asdict(report), indent=2))
+        else:
+            check.show(report)
+        return 0 if report.agrees else FAILED
+
+
+@dataclass(frozen=True)
 class List:
     """Show the algorithms that --algo takes, and where each was published."""
 
@@ -224,7 +295,9 @@ class Doctor:
         return FAILED if any(finding.status == "fail" for finding in findings) else 0
 
 
-COMMANDS = {kind.__name__.lower(): kind for kind in (Train, Eval, Resume, Plot, List, Doctor)}
+COMMANDS = {
+    kind.__name__.lower(): kind for kind in (Train, Eval, Resume, Plot, Diagnose, Check, List, Doctor)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -364,7 +437,10 @@ def _function(flag: str, place: str | None) -> Callable[..., Any] | None:
         raise UserError(f"--{flag} {place}: there is no file {path}")
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
-    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
+    try:
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
+    except Exception as error:  # whatever their file raises
+        raise UserError(f"--{flag} {place}: {path} fails; {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not callable(found):
         problem = "is not a function" if hasattr(module, name) else "is not there"

@@ -77,7 +77,7 @@ def curve(folders: Sequence[Path], output: Path) -> Path:
             lowest.tick_params(labelbottom=True)
             lowest.xaxis.set_major_formatter(_thousands)
             lowest.set_xlim(left=0)
-        return _write(figure, output)
+        return write(figure, output)
 
 
 def read_run(folder: Path) -> Run:
@@ -199,7 +199,7 @@ def _thousands(steps: float, position: int) -> str:
     )
 
 
-def _write(figure: Any, output: Path) -> Path:
+def write(figure: Any, output: Path) -> Path:
     """Whole or not at all; the suffix of the name decides the kind of picture."""
     written = output.with_name(f".writing.{output.name}")
     try:

@@ -47,6 +47,8 @@ class Agent(eqx.Module):
     knowing which estimator made them.
     """
 
+    critic: eqx.AbstractVar[MLP]  # Q_n(s, a), n = 1..N, those in training
+
     @abc.abstractmethod
     def policy(self) -> Policy:
         """The deterministic policy that is evaluated."""

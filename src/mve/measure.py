@@ -1,0 +1,185 @@
+"""What can be measured of an agent and a model on real episodes: pure functions, used by `diagnose`.
+
+Returns are those of the policy whose value the critic is asked for, b being the bonus of acting (SAC's
+entropy term):
+
+    G_t = r_t + gamma c_t (b_{t+1} + G_{t+1}).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple, SupportsFloat
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from mve import dynamics, imagine, targets
+from mve.agents import Agent
+from mve.agents.base import action_values
+from mve.dynamics import Dynamics
+from mve.networks import MLP
+from mve.train import Recipe
+from mve.types import Json, Transition
+
+DRAWS = 5  # seed of what is drawn in imagination
+
+
+class Played(NamedTuple):
+    """Whole episodes, one after the other."""
+
+    rows: Transition  # (T, ...)
+    bonus: Float[np.ndarray, " T"]
+    last: Bool[np.ndarray, " T"]  # of its episode
+    time: np.ndarray  # (T,) steps since the reset
+
+
+class OpenLoop(NamedTuple):
+    """Errors after 1..K steps of the logged actions, each member rolled by itself, in units of the spread."""
+
+    state: Float[Array, " K M B"]  # root mean square over the dimensions
+    reward: Float[Array, " K M B"]
+    wrong_end: Bool[Array, " K M B"]
+    mean_state: Float[Array, " K B"]  # of the members' mean
+    members_apart: Float[Array, " K B"]  # standard deviation over members, root mean square over dimensions
+
+
+def monte_carlo_returns(
+    played: Played, tail_value: Float[np.ndarray, " T"], discount: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """G_t of every step, and the weight in it of the value that stands for a tail that was not played.
+
+    Episodes follow one another in one backward recursion: d_t = 0 on the last step of each, whose reward
+    takes in gamma c V(s_T) instead. `tail_value` is read at last steps only.
+    """
+    rows, bonus = played.rows, played.bonus
+    step_discount = discount * jnp.asarray(rows.continuation)
+    cut, going_on = jnp.where(played.last, step_discount, 0.0), jnp.where(played.last, 0.0, step_discount)
+    soft_value = targets.returns_to_go(rows.reward + bonus + cut * tail_value, going_on, jnp.float32(0))
+    weight = targets.returns_to_go(cut, going_on, jnp.float32(0))
+    return np.asarray(soft_value) - bonus, np.asarray(weight)
+
+
+@partial(jax.jit, static_argnames=("recipe", "deepest"))
+def targets_by_horizon(
+    agent: Agent, model: Dynamics | None, recipe: Recipe, rows: Transition, deepest: int
+) -> Float[Array, " K B"]:
+    """y_k = r + gamma c C_k(s') of every row, k = 0..H, so K = H+1; k = 0 alone where there is no model."""
+    discount = recipe.targets.discount
+    if model is None:
+        candidates = state_values(agent, rows.next_obs)[None]
+    else:
+        step_fn = partial(dynamics.step, model, recipe.known, recipe.dynamics)
+        key = jax.random.key(DRAWS + 1)
+        imagined = imagine.rollout(step_fn, agent.target_policy, rows.next_obs, deepest, key)
+        candidates = targets.candidate_returns(
+            imagined.reward + imagined.bonus,
+            discount * imagined.continuation,
+            jax.lax.map(partial(state_values, agent), imagined.obs),  # one depth at a time: memory
+        )
+    return rows.reward[None] + discount * rows.continuation[None] * candidates
+
+
+@jax.jit
+def critic_values(
+    agent: Agent, obs: Float[Array, " B S"], action: Float[Array, " B A"]
+) -> Float[Array, " B"]:
+    """min_n Q_n(s, a) of the critics in training, not of their slow copies."""
+    return jnp.min(action_values(agent.critic, obs, action), axis=0)
+
+
+@jax.jit
+def state_values(agent: Agent, obs: Float[Array, " B S"]) -> Float[Array, " B"]:
+    """The bootstrap that targets use: least over the slow critics, at the target policy's action."""
+    return jnp.min(agent.target_value(obs, jax.random.key(DRAWS)), axis=0)
+
+
+@partial(jax.jit, static_argnames=("recipe", "deepest"))
+def open_loop(
+    model: Dynamics,
+    recipe: Recipe,
+    rows: Transition,
+    starts: Array,
+    obs_spread: Float[Array, " S"],
+    reward_spread: Float[Array, ""],
+    deepest: int,
+) -> OpenLoop:
+    """Roll every member from real states with the logged actions, and compare with what really followed.
+
+    Errors are in units of the two spreads. Where an episode ends before the last depth, rows
+    past its end are compared with whatever comes next: the caller leaves them out.
+    """
+    members, settings = recipe.dynamics.members, replace(recipe.dynamics, members=1)
+
+    def step(net: MLP, obs: Array, action: Array, key: Array) -> tuple[Array, Array, Array]:
+        alone = eqx.tree_at(lambda m: m.net, model, jax.tree.map(lambda x: x[None], net))
+        return dynamics.step(alone, recipe.known, settings, obs, action, key)
+
+    def deeper(obs: Array, k: Array) -> tuple[Array, OpenLoop]:
+        here = jnp.minimum(starts + k, rows.reward.shape[0] - 1)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(DRAWS), k), members)
+        next_obs, reward, continuation = jax.vmap(step, in_axes=(0, 0, None, 0))(
+            model.net, obs, rows.action[here], keys
+        )
+        error = (next_obs - rows.next_obs[here][None]) / obs_spread[None, None]
+        apart = jnp.var(error, axis=0, ddof=1 if members > 1 else 0)
+        return next_obs, OpenLoop(
+            state=_rms(error),
+            reward=jnp.abs(reward - rows.reward[here][None]) / reward_spread,
+            wrong_end=continuation != rows.continuation[here][None],
+            mean_state=_rms(jnp.mean(error, axis=0)),
+            members_apart=jnp.sqrt(jnp.mean(apart, axis=-1)),
+        )
+
+    first = jnp.broadcast_to(rows.obs[starts], (members, *rows.obs[starts].shape))
+    return jax.lax.scan(deeper, first, jnp.arange(deepest))[1]
+
+
+def _rms(x: Array) -> Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x), axis=-1))
+
+
+def calibration(
+    errors: OpenLoop, valid: Bool[np.ndarray, " K B"], depths: Iterable[int], bins: int
+) -> list[Json]:
+    """How far apart the members are against how wrong their mean is, at some depths.
+
+    States are sorted by the members' spread into bins of equal count; both are root mean squares over a
+    bin. `ratio` is that of all states: 1 where the spread has the right size, more where the members are
+    too sure of themselves.
+    """
+    found = []
+    for k in depths:
+        apart, wrong = (np.asarray(x)[k - 1][valid[k - 1]] for x in (errors.members_apart, errors.mean_state))
+        groups = np.array_split(np.argsort(apart), min(bins, len(apart)))
+        found.append(
+            {
+                "depth": k,
+                "spread": plain([_root_mean_square(apart[group]) for group in groups]),
+                "error": plain([_root_mean_square(wrong[group]) for group in groups]),
+                "ratio": plain([_root_mean_square(wrong) / max(_root_mean_square(apart), 1e-12)])[0],
+            }
+        )
+    return found
+
+
+def score(predicted: np.ndarray, earned: np.ndarray) -> Json:
+    """Bias and mean squared error of predicted returns."""
+    error = predicted.astype(np.float64) - earned
+    bias, mse = float(error.mean()), float(np.mean(error**2))
+    bias, mse, rmse = plain([bias, mse, _root_mean_square(error)])
+    return {"bias": bias, "mse": mse, "rmse": rmse}
+
+
+def plain(numbers: Iterable[SupportsFloat]) -> list[float | None]:
+    """For JSON: six digits, null where not finite."""
+    return [float(f"{x:.6g}") if np.isfinite(x) else None for x in map(float, numbers)]
+
+
+def _root_mean_square(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
