@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import io
 import json
 import os
-import re
 import sys
 import types
 import warnings
@@ -21,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
+from tyro.conf import Positional, UseAppendAction, arg
+
+from mve.usage import UsageError, one_line, parse
 
 if TYPE_CHECKING:
     from mve.learner import Learner
@@ -37,10 +35,6 @@ Folder = Annotated[Positional[Path], arg(metavar="RUN")]
 Steps = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 FunctionPath = Annotated[str | None, arg(metavar="FILE:FUNC", help_behavior_hint="")]
 Settings = Annotated[UseAppendAction[list[list[str]]], arg(name="set", metavar="section.field=value")]
-
-
-class UsageError(Exception):
-    """The command line itself cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -303,7 +297,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
     try:
-        command = _parse(list(sys.argv[1:] if argv is None else argv))
+        command = parse(COMMANDS, DESCRIPTION, list(sys.argv[1:] if argv is None else argv))
     except UsageError as error:
         print(f"mve: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -318,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"mve: {_one_line(str(error))}", file=sys.stderr)
+        print(f"mve: {one_line(str(error))}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -329,63 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _parse(argv: list[str]) -> Any:
-    """The command asked for, or None once help was printed. tyro's boxed complaints become one line."""
-    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean `mve {near[0]}`?" if near else f"there are {', '.join(COMMANDS)}"
-        raise UsageError(f"unknown command '{argv[0]}'; {hint}")
-    union: Any = None
-    for name, kind in COMMANDS.items():
-        entry = Annotated[kind, subcommand(name=name, prefix_name=False)]
-        union = entry if union is None else union | entry
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                union,
-                prog="mve",
-                description=DESCRIPTION,
-                args=argv or ["--help"],
-                config=(FlagCreatePairsOff, DisallowNone),
-            )
-    except SystemExit as stopped:
-        if not stopped.code:
-            return None
-        raise UsageError(_complaint(complaint.getvalue(), argv[0])) from None
-
-
-def _complaint(boxed: str, command: str) -> str:
-    """The first section of tyro's box, without box and title, and the flag it would have suggested.
-
-    Where stdout is not UTF-8 the box has no sides and its rules are hyphens.
-    """
-    sections: list[list[str]] = [[]]
-    for line in boxed.strip().splitlines()[1:]:
-        text = line.strip().strip("│").strip()
-        if not text.strip("─-╰╯"):
-            sections.append([])
-        else:
-            sections[-1].append(text)
-    sections = [section for section in sections if section] or [["cannot read the command line"]]
-    text = _one_line(" ".join(sections[0])).removeprefix("Error parsing ")
-    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text)
-    text = re.sub(
-        r"no type matching INT could be instantiated from \[(.*)\]", r"\1 is not a whole number", text
-    )
-    if text.startswith("Missing from"):
-        text = f"{command} needs " + re.sub(r"^Missing from [^:]*: (\S+).*", r"\1", text)
-    near = next((section[1] for section in sections if section[0].startswith("Perhaps you meant")), "")
-    hint = f"; did you mean {near.split()[0].rstrip(',')}?" if near.startswith("--") else ""
-    return f"{text[:1].lower()}{text[1:].rstrip('.')}{hint}; see `mve {command} --help`"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
-    print(f"mve: warning: {_one_line(str(message))}", file=sys.stderr)
+    print(f"mve: warning: {one_line(str(message))}", file=sys.stderr)
 
 
 def _learn(learner: Learner, steps: int | None) -> int:

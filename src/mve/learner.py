@@ -363,7 +363,7 @@ class Learner:
             learner._set_up(built, env or built.env.id, eval_env, reward_fn, termination_fn, quiet)
         learner.folder, learner._fresh = folder, False
         newest = checkpoint.latest(folder / "checkpoints")
-        rows = checkpoint.read_facts(newest)["replay_rows"] if newest else 0
+        rows = checkpoint.read_facts(newest).get("replay_rows", 0) if newest else 0
         template = jax.eval_shape(lambda: train.init(learner._recipe, rows, 0))
         state, facts = checkpoint.restore(folder / "checkpoints", template)
         learner._state = jax.tree.map(jnp.asarray, state)
