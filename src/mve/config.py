@@ -141,6 +141,12 @@ PRESETS: dict[str, Preset] = {
         "sac",
         _EXPANDED,
     ),
+    "lambda-sac": Preset(
+        "SAC on a fixed geometric mix of imagined horizons, H = 5",
+        "Sutton 1988, expanded as in the ablations of Buckman et al. 2018, arXiv 1807.01675",
+        "sac",
+        {**_EXPANDED, "targets.estimator": "lambda", "targets.horizon_steps": 5},
+    ),
     "paper": Preset(
         "MVE-DDPG as the paper describes it: H = 10, 10, 3; batch 512; normalised model",
         "Feinberg et al. 2018, arXiv 1803.00101",

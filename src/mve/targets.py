@@ -28,12 +28,15 @@ Estimator: TypeAlias = Callable[[Transition, Imagined, ValueFn, "TargetsConfig"]
 class TargetsConfig:
     """How the critic's targets are made from a real transition and an imagined continuation."""
 
-    estimator: Literal["one_step", "mve", "mve_tdk"] = "one_step"
-    """one_step: the base learner. mve: expand the real row. mve_tdk: and regress every imagined row too."""
+    estimator: Literal["one_step", "mve", "mve_tdk", "lambda"] = "one_step"
+    """one_step: the base learner. mve: expand the real row. mve_tdk: and regress every imagined row too.
+    lambda: a fixed geometric mix of all horizons."""
     horizon_steps: Count = 3
     """H, imagined steps per target; 0 is the base learner exactly. one_step does not read it."""
     discount: Unit = 0.99
     """gamma, per environment step."""
+    trace_decay: Unit = 0.75
+    """lambda, of the estimator of that name: 0 is one_step, 1 is mve (STEVE's ablations: 0.25 and 0.75)."""
     divide_by_horizon: bool = True
     """Divide the loss of mve_tdk by H, as the paper prints it; its H+1 terms then sum to (H+1)/H."""
 
@@ -139,7 +142,30 @@ def mve_tdk(batch: Transition, imagined: Imagined, value_fn: ValueFn, config: Ta
     return rows._replace(weight=scale * rows.weight)
 
 
-ESTIMATORS: dict[str, Estimator] = {"one_step": one_step, "mve": mve, "mve_tdk": mve_tdk}
+def lambda_return(
+    batch: Transition, imagined: Imagined, value_fn: ValueFn, config: TargetsConfig
+) -> CriticTargets:
+    """Weights (1 - l) l^k over k < H, and the rest, l^H, on k = H (Sutton 1988, cut off at H).
+
+    The expanded relative of TD(lambda): the steps mixed are imagined, so nothing is off-policy.
+    """
+    candidates = candidate_returns(
+        imagined.reward + imagined.bonus,
+        config.discount * imagined.continuation,
+        jnp.min(value_fn(imagined.obs), axis=0),
+    )
+    decay, horizon = config.trace_decay, imagined.reward.shape[0]
+    weight = jnp.array([(1.0 - decay) * decay**k for k in range(horizon)] + [decay**horizon])
+    mix = jnp.tensordot(weight.astype(candidates.dtype), candidates, axes=1)
+    return real_row(batch, mix, config.discount)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "one_step": one_step,
+    "mve": mve,
+    "mve_tdk": mve_tdk,
+    "lambda": lambda_return,
+}
 
 
 def estimate(
