@@ -193,6 +193,28 @@ def step(
     return _finish_step(model, known, config, obs, action, model.change.unscale(predicted))
 
 
+def member_step(
+    model: Dynamics, known: Known, config: DynamicsConfig, obs: Array, action: Array
+) -> tuple[Array, Array, Array]:
+    """One imagined step of states (M, B, S), of which member m always moves its own (TS-infinity).
+
+    Next state (M, B, S), continuation (M, B), and the reward of every step in every member's opinion
+    (R, M, B), as STEVE wants it: R = M where the reward is learned, 1 where it is known. Rewards come
+    from the nets that predict the change, so the former costs M nets per state where STEVE has small
+    nets of their own for it; there is one termination net, where STEVE has one per member.
+    """
+    if known.reward is not None:
+        change = jax.vmap(_predict, in_axes=(0, None, 0, 0))(model.net, model, obs, action)
+        change = model.change.unscale(change)
+        next_obs, reward, continuation = _finish_step(model, known, config, obs, action, change)
+        return next_obs, reward[None], continuation
+    opinions = jax.vmap(_predict, in_axes=(0, None, None, None))(model.net, model, obs, action)
+    opinions = model.change.unscale(opinions)  # (R, M, B, S+1)
+    member = jnp.arange(config.members)
+    next_obs, _, continuation = _finish_step(model, known, config, obs, action, opinions[member, member])
+    return next_obs, _learned_reward(model, config, opinions), continuation
+
+
 def _finish_step(
     model: Dynamics, known: Known, config: DynamicsConfig, obs: Array, action: Array, change: Array
 ) -> tuple[Array, Array, Array]:
@@ -203,7 +225,7 @@ def _finish_step(
     if known.reward is not None:
         reward = known.reward(obs, action, next_obs)
     else:
-        reward = (model.change.clip(change) if config.stay_in_data else change)[..., -1]
+        reward = _learned_reward(model, config, change)
     if known.termination is not None:
         terminated = known.termination(obs, action, next_obs)
     else:
@@ -211,6 +233,10 @@ def _finish_step(
         # A hard threshold: a probability multiplied over the horizon decays for healthy states as well.
         terminated = _termination_logit(model.termination_net, model, obs, action, next_obs) > 0.0
     return next_obs, reward, 1.0 - terminated.astype(jnp.float32)
+
+
+def _learned_reward(model: Dynamics, config: DynamicsConfig, change: Array) -> Array:
+    return (model.change.clip(change) if config.stay_in_data else change)[..., -1]
 
 
 def open_loop_error(
