@@ -289,7 +289,8 @@ def test_every_agent_takes_a_step_towards_steves_targets(agent: str, known: Know
     ours = recipe(agent, "steve", known, horizon)
     state = INIT(ours, 16, 0)
     memory = replay.add(state.replay, random_rows(16), jnp.int32(16))
-    after, metrics = UPDATE(state.agent, memory, state.model, ours, jax.random.key(1))
+    model = model_of(known, random_rows(16)) if horizon else None
+    after, metrics = UPDATE(state.agent, memory, model, ours, jax.random.key(1))
     assert all(bool(jnp.isfinite(m)) for m in metrics.values())
     moved = jax.tree.map(lambda a, b: jnp.any(a != b), state.agent.critic, after.critic)
     assert any(jax.tree.leaves(moved))
