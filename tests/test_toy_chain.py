@@ -86,12 +86,15 @@ def value_errors(method: Method, seeds: jax.Array, num_updates: int) -> jax.Arra
         table = jax.random.uniform(table_key, (ENSEMBLE, STATES), maxval=STATES)
         table = jnp.concatenate([table, jnp.zeros((ENSEMBLE, 1))], axis=1)
 
-        def thousand(table: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-            table, _ = jax.lax.scan(lambda t, k: (update(method, t, k), None), table, keys)
+        def one(table: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+            return update(method, table, jax.random.fold_in(update_key, i)), None
+
+        def thousand(table: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+            table, _ = jax.lax.scan(one, table, numbers)
             return table, error(table)
 
-        keys = jax.random.split(update_key, (num_updates // 1000, 1000))
-        return jnp.concatenate([error(table)[None], jax.lax.scan(thousand, table, keys)[1]])
+        numbers = jnp.arange(num_updates).reshape(-1, 1000)
+        return jnp.concatenate([error(table)[None], jax.lax.scan(thousand, table, numbers)[1]])
 
     def error(table: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(jnp.mean(table[:, :-1], axis=0) - VALUE))
