@@ -12,6 +12,7 @@ from mve.targets import TargetsConfig
 from mve.types import CriticTargets, Imagined, Transition
 
 GAMMA = 0.5
+EXPANDED = ["mve", "mve_tdk", "lambda"]
 
 
 def transition(reward: list[float], continuation: list[float]) -> Transition:
@@ -113,6 +114,12 @@ def test_candidate_returns_by_hand() -> None:
     np.testing.assert_allclose(got[:, 0], [16.0, 10.5, 8.5])
 
 
+def test_lambda_target_of_two_imagined_steps_by_hand() -> None:
+    rows = estimate("lambda", transition([1.0], [1.0]), imagined([[2.0], [4.0]]), trace_decay=0.5)
+    # Candidates 16, 10.5, 8.5 with weights 1/2, 1/4, 1/4: 12.75; y = 1 + 12.75/2.
+    np.testing.assert_allclose(rows.value, [7.375])
+
+
 def test_weights_average_over_the_rows_kept_at_each_depth_and_divide_by_the_horizon() -> None:
     batch = transition([0.0] * 4, [1.0, 1.0, 1.0, 0.0])
     rollout = imagined([[0.0] * 4] * 2, continuation=[[1.0, 0.0, 1.0, 1.0], [1.0] * 4])
@@ -134,7 +141,7 @@ def test_an_undivided_horizon_leaves_values_alone() -> None:
 # --- Identities ---
 
 
-@pytest.mark.parametrize("estimator", ["mve", "mve_tdk"])
+@pytest.mark.parametrize("estimator", EXPANDED)
 def test_a_horizon_of_zero_is_one_step_bit_for_bit(estimator: str) -> None:
     batch, rollout = random_case(0, 3, 5)
     nothing = jax.tree.map(lambda x: x[:0], rollout)._replace(obs=rollout.obs[:1])
@@ -153,6 +160,15 @@ def test_row_zero_of_tdk_is_mve(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_a_lambda_of_zero_is_one_step_and_of_one_is_mve(seed: int) -> None:
+    batch, rollout = random_case(seed, 4, 6)
+    for decay, estimator in ((0.0, "one_step"), (1.0, "mve")):
+        mixed = estimate("lambda", batch, rollout, trace_decay=decay)
+        for expected, got in zip(estimate(estimator, batch, rollout), mixed, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_the_last_candidate_is_the_first_return_to_go(seed: int) -> None:
     rng = np.random.default_rng(seed)
     reward, discount = jnp.array(rng.normal(size=(5, 3))), jnp.array(rng.random((5, 3)))
@@ -161,7 +177,7 @@ def test_the_last_candidate_is_the_first_return_to_go(seed: int) -> None:
     np.testing.assert_allclose(last, targets.returns_to_go(reward, discount, bootstrap[-1])[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("estimator", ["mve", "mve_tdk"])
+@pytest.mark.parametrize("estimator", EXPANDED)
 def test_exact_values_make_every_estimator_agree(estimator: str) -> None:
     # Reward 1 for ever: V = 1 / (1 - gamma) = 2 everywhere, and every target is 2.
     rollout = imagined([[1.0] * 3] * 5)
@@ -179,7 +195,7 @@ def test_a_constant_reward_converges_to_its_geometric_sum() -> None:
 # --- Terminations ---
 
 
-@pytest.mark.parametrize("estimator", ["mve", "mve_tdk"])
+@pytest.mark.parametrize("estimator", EXPANDED)
 def test_nothing_after_a_predicted_termination_matters(estimator: str) -> None:
     batch = transition([1.0], [1.0])
     ends = [[1.0], [0.0], [1.0], [1.0]]
@@ -190,10 +206,11 @@ def test_nothing_after_a_predicted_termination_matters(estimator: str) -> None:
     np.testing.assert_array_equal(
         jnp.where(a.weight > 0, a.value, 0.0), jnp.where(b.weight > 0, b.value, 0.0)
     )
-    np.testing.assert_allclose(a.value[0], 1.0 + GAMMA * (2.0 + GAMMA * 4.0))
+    if estimator != "lambda":  # which also believes the critic on the way
+        np.testing.assert_allclose(a.value[0], 1.0 + GAMMA * (2.0 + GAMMA * 4.0))
 
 
-@pytest.mark.parametrize("estimator", ["one_step", "mve", "mve_tdk"])
+@pytest.mark.parametrize("estimator", ["one_step", *EXPANDED])
 def test_a_terminal_real_row_is_its_reward_and_imagines_nothing(estimator: str) -> None:
     rows = estimate(estimator, transition([7.0], [0.0]), imagined([[1e6], [1e6]]))
     np.testing.assert_allclose(rows.value[0], 7.0)
@@ -227,7 +244,29 @@ def test_tdk_agrees_with_a_naive_loop_on_random_draws(seed: int) -> None:
     np.testing.assert_allclose(got, naive_tdk(batch, rollout), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("estimator", ["one_step", "mve", "mve_tdk"])
+def naive_lambda(batch: Transition, rollout: Imagined, decay: float) -> list[float]:
+    """W_t = (1 - l) V(s_t) + l (b_t + r_t + gamma c_t W_{t+1}), backwards: the recursive form of the mix."""
+    horizon, rows = rollout.reward.shape
+    value = np.asarray(value_fn(rollout.obs)).min(axis=0)
+    out = []
+    for b in range(rows):
+        mix = value[horizon, b]
+        for t in reversed(range(horizon)):
+            gained = float(rollout.reward[t, b] + rollout.bonus[t, b])
+            ahead = gained + GAMMA * float(rollout.continuation[t, b]) * mix
+            mix = (1.0 - decay) * value[t, b] + decay * ahead
+        out.append(float(batch.reward[b]) + GAMMA * float(batch.continuation[b]) * mix)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lambda_agrees_with_a_naive_loop_on_random_draws(seed: int) -> None:
+    batch, rollout = random_case(seed, 1 + seed % 5, 4)
+    got = estimate("lambda", batch, rollout, trace_decay=seed / 20).value
+    np.testing.assert_allclose(got, naive_lambda(batch, rollout, seed / 20), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["one_step", *EXPANDED])
 def test_compiled_estimators_agree_with_eager_ones(estimator: str) -> None:
     batch, rollout = random_case(1, 3, 4)
     eager = estimate(estimator, batch, rollout)
@@ -236,7 +275,7 @@ def test_compiled_estimators_agree_with_eager_ones(estimator: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ["one_step", "mve", "mve_tdk"])
+@pytest.mark.parametrize("estimator", ["one_step", *EXPANDED])
 def test_estimators_vectorise_over_seeds(estimator: str) -> None:
     cases = [random_case(seed, 3, 4) for seed in range(2)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *cases)

@@ -141,6 +141,39 @@ PRESETS: dict[str, Preset] = {
         "sac",
         _EXPANDED,
     ),
+    "lambda-sac": Preset(
+        "SAC on a fixed geometric mix of imagined horizons, H = 5",
+        "Sutton 1988, expanded as in the ablations of Buckman et al. 2018, arXiv 1807.01675",
+        "sac",
+        {**_EXPANDED, "targets.estimator": "lambda", "targets.horizon_steps": 5},
+    ),
+    # Estimator, critics, members and rates as published. Ours, so that it runs on a processor: the model's
+    # size and fitting (8 x 512, unscaled, 10 000 minibatches first), learning from 1000 steps on, and known
+    # rewards and terminations where there are any (dynamics.reward=learned crosses reward models as well).
+    # Not expressed: each row trains one critic drawn at random (here every critic; they differ by their
+    # start alone), targets copied every 500 updates (Polyak), the current policy in imagination (the slow
+    # one), a termination net for each member (one), a penalty on actions before the tanh, epsilon-noise.
+    "steve": Preset(
+        "STEVE on DDPG: a horizon counts as far as models, rewards and critics agree on it",
+        "Buckman et al. 2018, arXiv 1807.01675",
+        "ddpg",
+        {
+            "targets.estimator": "steve",
+            "targets.horizon_steps": 3,
+            "agent.hidden": [128] * 3,
+            "agent.layer_norm": False,
+            "agent.action_layer": 0,
+            "agent.critics": 4,
+            "agent.batch_size": 512,
+            "agent.actor_learning_rate": 3e-4,
+            "agent.critic_learning_rate": 3e-4,
+            "agent.exploration": "gaussian",
+            "dynamics.members": 4,
+            "dynamics.learning_rate": 3e-4,
+            "dynamics.batch_size": 512,
+            "train.updates_per_step": 4.0,
+        },
+    ),
     "paper": Preset(
         "MVE-DDPG as the paper describes it: H = 10, 10, 3; batch 512; normalised model",
         "Feinberg et al. 2018, arXiv 1803.00101",

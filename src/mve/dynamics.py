@@ -15,12 +15,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from mve.networks import MLP, Activation, apply_gradient, ensemble
+from mve.networks import MLP, Activation, Normaliser, apply_gradient, ensemble
 from mve.types import Count, Key, Known, Metrics, NonNegative, Positive, Rate, Transition, Widths
 
-SMALLEST_STD = 1e-4  # a dimension that moves less is left unscaled
 TERMINATION_HIDDEN = (128, 128)
 
 
@@ -54,57 +53,6 @@ class DynamicsConfig:
     """auto: the known function where there is one, learned otherwise."""
     termination: Literal["auto", "known", "learned", "never"] = "auto"
     """auto as for the reward; never: rollouts do not end, as in the MVE paper."""
-
-
-class Normaliser(eqx.Module):
-    """Mean, spread and range of each column over all rows ever seen, updated block by block."""
-
-    count: jax.Array
-    mean: jax.Array
-    sum_of_squares: jax.Array  # about the mean
-    low: jax.Array
-    high: jax.Array
-
-    @classmethod
-    def empty(cls, width: int) -> Normaliser:
-        return cls(
-            count=jnp.float32(0),
-            mean=jnp.zeros(width),
-            sum_of_squares=jnp.zeros(width),
-            low=jnp.full(width, jnp.inf, jnp.float32),
-            high=jnp.full(width, -jnp.inf, jnp.float32),
-        )
-
-    @property
-    def std(self) -> jax.Array:
-        """Standard deviation, 1 for a column that never moved: near-constant columns must not blow up."""
-        std = jnp.sqrt(self.sum_of_squares / jnp.maximum(self.count, 1.0))
-        return jnp.where(std < SMALLEST_STD, 1.0, std)
-
-    def scale(self, x: Array) -> Array:
-        return (x - jnp.broadcast_to(self.mean, x.shape)) / jnp.broadcast_to(self.std, x.shape)
-
-    def unscale(self, z: Array) -> Array:
-        return z * jnp.broadcast_to(self.std, z.shape) + jnp.broadcast_to(self.mean, z.shape)
-
-    def clip(self, x: Array) -> Array:
-        return jnp.clip(x, jnp.broadcast_to(self.low, x.shape), jnp.broadcast_to(self.high, x.shape))
-
-    def observe(self, x: Float[Array, " T X"], num_rows: Array) -> Normaliser:
-        """Merge the first `num_rows` rows (Chan et al. 1979: pairwise update of mean and squares)."""
-        used = (jnp.arange(x.shape[0]) < num_rows)[:, None]
-        count = num_rows.astype(jnp.float32)
-        mean = jnp.sum(jnp.where(used, x, 0.0), axis=0) / jnp.maximum(count, 1.0)
-        spread = jnp.sum(jnp.where(used, jnp.square(x - mean[None]), 0.0), axis=0)
-        total = jnp.maximum(self.count + count, 1.0)
-        shift = mean - self.mean
-        return Normaliser(
-            count=self.count + count,
-            mean=self.mean + shift * count / total,
-            sum_of_squares=self.sum_of_squares + spread + shift**2 * self.count * count / total,
-            low=jnp.minimum(self.low, jnp.min(jnp.where(used, x, jnp.inf), axis=0)),
-            high=jnp.maximum(self.high, jnp.max(jnp.where(used, x, -jnp.inf), axis=0)),
-        )
 
 
 class Dynamics(eqx.Module):
@@ -245,6 +193,28 @@ def step(
     return _finish_step(model, known, config, obs, action, model.change.unscale(predicted))
 
 
+def member_step(
+    model: Dynamics, known: Known, config: DynamicsConfig, obs: Array, action: Array
+) -> tuple[Array, Array, Array]:
+    """One imagined step of states (M, B, S), of which member m always moves its own (TS-infinity).
+
+    Next state (M, B, S), continuation (M, B), and the reward of every step in every member's opinion
+    (R, M, B), as STEVE wants it: R = M where the reward is learned, 1 where it is known. Rewards come
+    from the nets that predict the change, so the former costs M nets per state where STEVE has small
+    nets of their own for it; there is one termination net, where STEVE has one per member.
+    """
+    if known.reward is not None:
+        change = jax.vmap(_predict, in_axes=(0, None, 0, 0))(model.net, model, obs, action)
+        change = model.change.unscale(change)
+        next_obs, reward, continuation = _finish_step(model, known, config, obs, action, change)
+        return next_obs, reward[None], continuation
+    opinions = jax.vmap(_predict, in_axes=(0, None, None, None))(model.net, model, obs, action)
+    opinions = model.change.unscale(opinions)  # (R, M, B, S+1)
+    member = jnp.arange(config.members)
+    next_obs, _, continuation = _finish_step(model, known, config, obs, action, opinions[member, member])
+    return next_obs, _learned_reward(model, config, opinions), continuation
+
+
 def _finish_step(
     model: Dynamics, known: Known, config: DynamicsConfig, obs: Array, action: Array, change: Array
 ) -> tuple[Array, Array, Array]:
@@ -255,7 +225,7 @@ def _finish_step(
     if known.reward is not None:
         reward = known.reward(obs, action, next_obs)
     else:
-        reward = (model.change.clip(change) if config.stay_in_data else change)[..., -1]
+        reward = _learned_reward(model, config, change)
     if known.termination is not None:
         terminated = known.termination(obs, action, next_obs)
     else:
@@ -263,6 +233,10 @@ def _finish_step(
         # A hard threshold: a probability multiplied over the horizon decays for healthy states as well.
         terminated = _termination_logit(model.termination_net, model, obs, action, next_obs) > 0.0
     return next_obs, reward, 1.0 - terminated.astype(jnp.float32)
+
+
+def _learned_reward(model: Dynamics, config: DynamicsConfig, change: Array) -> Array:
+    return (model.change.clip(change) if config.stay_in_data else change)[..., -1]
 
 
 def open_loop_error(

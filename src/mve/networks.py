@@ -1,4 +1,4 @@
-"""Layers and heads, used by dynamics and agents only.
+"""Layers, heads and scales, used by dynamics and agents only.
 
 Every module is a pytree whose leaves are all arrays, so `jax.jit`, `jax.vmap` and the checkpoint take it
 whole. The same forward pass runs on JAX arrays while learning and on NumPy copies while acting (about ten
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from mve.types import Key
 
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 LAYER_NORM_EPSILON = 1e-5
+SMALLEST_STD = 1e-4  # a column that moves less is left unscaled
 
 
 def array_module(x: Any) -> ModuleType:
@@ -135,6 +137,57 @@ def apply_gradient(
     """One step of an optimiser: new parameters and its new state."""
     update, opt_state = optimiser.update(cast(Any, gradient), opt_state, cast(Any, params))
     return cast(T, optax.apply_updates(cast(Any, params), update)), opt_state
+
+
+class Normaliser(eqx.Module):
+    """Mean, spread and range of each column over all rows ever seen, updated block by block."""
+
+    count: jax.Array
+    mean: jax.Array
+    sum_of_squares: jax.Array  # about the mean
+    low: jax.Array
+    high: jax.Array
+
+    @classmethod
+    def empty(cls, width: int) -> Normaliser:
+        return cls(
+            count=jnp.float32(0),
+            mean=jnp.zeros(width),
+            sum_of_squares=jnp.zeros(width),
+            low=jnp.full(width, jnp.inf, jnp.float32),
+            high=jnp.full(width, -jnp.inf, jnp.float32),
+        )
+
+    @property
+    def std(self) -> jax.Array:
+        """Standard deviation, 1 for a column that never moved: near-constant columns must not blow up."""
+        std = jnp.sqrt(self.sum_of_squares / jnp.maximum(self.count, 1.0))
+        return jnp.where(std < SMALLEST_STD, 1.0, std)
+
+    def scale(self, x: Array) -> Array:
+        return (x - jnp.broadcast_to(self.mean, x.shape)) / jnp.broadcast_to(self.std, x.shape)
+
+    def unscale(self, z: Array) -> Array:
+        return z * jnp.broadcast_to(self.std, z.shape) + jnp.broadcast_to(self.mean, z.shape)
+
+    def clip(self, x: Array) -> Array:
+        return jnp.clip(x, jnp.broadcast_to(self.low, x.shape), jnp.broadcast_to(self.high, x.shape))
+
+    def observe(self, x: Float[Array, " T X"], num_rows: Array) -> Normaliser:
+        """Merge the first `num_rows` rows (Chan et al. 1979: pairwise update of mean and squares)."""
+        used = (jnp.arange(x.shape[0]) < num_rows)[:, None]
+        count = num_rows.astype(jnp.float32)
+        mean = jnp.sum(jnp.where(used, x, 0.0), axis=0) / jnp.maximum(count, 1.0)
+        spread = jnp.sum(jnp.where(used, jnp.square(x - mean[None]), 0.0), axis=0)
+        total = jnp.maximum(self.count + count, 1.0)
+        shift = mean - self.mean
+        return Normaliser(
+            count=self.count + count,
+            mean=self.mean + shift * count / total,
+            sum_of_squares=self.sum_of_squares + spread + shift**2 * self.count * count / total,
+            low=jnp.minimum(self.low, jnp.min(jnp.where(used, x, jnp.inf), axis=0)),
+            high=jnp.maximum(self.high, jnp.max(jnp.where(used, x, -jnp.inf), axis=0)),
+        )
 
 
 class DeterministicActor(eqx.Module):

@@ -86,8 +86,9 @@ def update_step(
     step_fn = partial(_imagined_step, model, recipe)
 
     batch = replay.sample(memory, (recipe.agent.batch_size,), sample_key)
+    start_obs = _start_obs(batch, recipe)
     imagined = imagine.rollout(
-        step_fn, agent.target_policy, batch.next_obs, recipe.targets.imagined_steps, imagine_key
+        step_fn, agent.target_policy, start_obs, recipe.targets.imagined_steps, imagine_key
     )
     critic_targets = targets.estimate(batch, imagined, value_fn, recipe.targets)
     agent, metrics = agent.update(critic_targets, batch.obs, agent_key)
@@ -95,11 +96,22 @@ def update_step(
     return agent, metrics | _target_metrics(critic_targets, recipe)
 
 
+def _start_obs(batch: Transition, recipe: Recipe) -> Array:
+    """The real next states, once for every member that is to imagine from them."""
+    if not recipe.targets.keeps_members:
+        return batch.next_obs
+    return jnp.broadcast_to(batch.next_obs, (recipe.dynamics.members, *batch.next_obs.shape))
+
+
 def _imagined_step(
     model: Dynamics | None, recipe: Recipe, obs: Array, action: Array, key: Key
 ) -> tuple[Array, Array, Array]:
+    keeps_members = recipe.targets.keeps_members
     if model is None:  # traced for a rollout of no steps, whose result is empty
-        return obs, jnp.zeros(obs.shape[:-1]), jnp.ones(obs.shape[:-1])
+        nothing = jnp.zeros(obs.shape[:-1])
+        return obs, nothing[None] if keeps_members else nothing, nothing
+    if keeps_members:
+        return dynamics.member_step(model, recipe.known, recipe.dynamics, obs, action)
     return dynamics.step(model, recipe.known, recipe.dynamics, obs, action, key)
 
 

@@ -1,7 +1,8 @@
 """The nouns that flow between the stages. No logic lives here.
 
 Axes, one letter each, horizon first:
-H horizon, B batch, M model members, N critics, K regression rows, S obs, A action, T env time.
+H horizon, B batch, M model members, R reward models, N critics, E combinations of these three,
+K regression rows, S obs, A action, T env time.
 
 r_t is the reward for acting in s_t. `continuation` is 1 - terminated: a time limit keeps it at 1.
 Actions are scaled to [-1, 1] everywhere but inside `envs/`, which speaks the environment's own units.
@@ -44,7 +45,11 @@ class Transition(NamedTuple):
 
 
 class Imagined(NamedTuple):
-    """H model steps under the policy, from a batch of start states."""
+    """H model steps under the policy, from a batch of start states.
+
+    Where members are kept apart, *batch is (M, B) and `reward` is (H, R, M, B): R reward models (one, if
+    the reward is known) judge every member's steps.
+    """
 
     obs: Float[Array, " H+1 *batch S"]
     action: Float[Array, " H *batch A"]

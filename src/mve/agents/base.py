@@ -29,7 +29,7 @@ class AgentConfig:
     action_layer: int = 0
     """Layer of the critic where the action enters: 0 beside the observation, 1 after a hidden layer."""
     critics: Positive = 2
-    """N, critics; targets use the least of their values."""
+    """N, critics; targets use the least of their values, STEVE's their mean and spread."""
     batch_size: Positive = 256
     """Real transitions per update."""
     actor_learning_rate: Rate = 3e-4
