@@ -192,6 +192,14 @@ def test_a_constant_reward_converges_to_its_geometric_sum() -> None:
     np.testing.assert_allclose(rows.value, 3.0 / (1.0 - GAMMA), rtol=1e-6)
 
 
+def test_the_fixed_weights_are_those_that_the_estimators_use() -> None:
+    assert targets.fixed_weights(config("one_step", horizon_steps=3)) == [1.0]
+    assert targets.fixed_weights(config("mve_tdk", horizon_steps=2)) == [0.0, 0.0, 1.0]
+    assert targets.fixed_weights(config("lambda", horizon_steps=2, trace_decay=0.5)) == [0.5, 0.25, 0.25]
+    assert targets.fixed_weights(config("steve_mean", horizon_steps=3)) == [0.25] * 4
+    assert targets.fixed_weights(config("steve", horizon_steps=3)) is None
+
+
 # --- Terminations ---
 
 

@@ -30,14 +30,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mve import log, measure, picture
+from mve import log, measure, picture, targets
 from mve.agents import Agent
-from mve.dynamics import SMALLEST_STD, Dynamics
+from mve.dynamics import Dynamics
 from mve.envs import host
 from mve.envs.host import HostEnv
 from mve.evaluate import LONGEST_EPISODE
 from mve.learner import Learner
 from mve.measure import Played, plain
+from mve.networks import SMALLEST_STD
 from mve.types import Json, Transition, UserError
 
 DEEPEST = 10  # steps of open loop, and horizons tried, or the run's own horizon if that is longer
@@ -156,23 +157,26 @@ def _values(learner: Learner, played: Played, starts: np.ndarray, deepest: int) 
     critic = np.asarray(measure.critic_values(agent, rows.obs, rows.action))
     by_horizon = np.asarray(measure.targets_by_horizon(agent, model, recipe, rows, deepest))
     scores = [measure.score(target, earned) for target in by_horizon]
+    weights = targets.fixed_weights(recipe.targets)
+    # Where every state has weights of its own, they are not known here: the deepest candidate stands in.
+    target = by_horizon[used] if weights is None else np.tensordot(weights, by_horizon[: used + 1], axes=1)
     shown = _thinned(np.arange(len(kept)), SAMPLES)
     return {
         "scored": len(kept),
         "largest_tail_weight": plain([tail[kept].max()])[0],
         "return_std": plain([earned.std()])[0],
         "critic": measure.score(critic, earned),
-        "target": {"horizon": used} | scores[used],
+        "target": {"horizon": used} | measure.score(target, earned),
         "targets_by_horizon": {
             "horizon": list(range(len(scores))),
             **{name: [score[name] for score in scores] for name in scores[0]},
         },
         "best_horizon": int(np.argmin(np.mean((by_horizon - earned) ** 2, axis=1))),
-        "horizon_weights": [float(k == used) for k in range(len(scores))],
+        "horizon_weights": None if weights is None else weights + [0.0] * (len(scores) - len(weights)),
         "samples": {
             "return": plain(earned[shown]),
             "critic": plain(critic[shown]),
-            "target": plain(by_horizon[used][shown]),
+            "target": plain(target[shown]),
         },
     }
 

@@ -167,10 +167,24 @@ def lambda_return(
         config.discount * imagined.continuation,
         jnp.min(value_fn(imagined.obs), axis=0),
     )
-    decay, horizon = config.trace_decay, imagined.reward.shape[0]
-    weight = jnp.array([(1.0 - decay) * decay**k for k in range(horizon)] + [decay**horizon])
+    weight = jnp.array(geometric_weights(config.trace_decay, imagined.reward.shape[0]))
     mix = jnp.tensordot(weight.astype(candidates.dtype), candidates, axes=1)
     return real_row(batch, mix, config.discount)
+
+
+def geometric_weights(decay: float, horizon: int) -> list[float]:
+    """(1 - l) l^k for k < H, and l^H: the H+1 weights sum to 1."""
+    return [(1.0 - decay) * decay**k for k in range(horizon)] + [decay**horizon]
+
+
+def fixed_weights(config: TargetsConfig) -> list[float] | None:
+    """What the real row's target gives to each horizon 0..H; None where each state has its own weights."""
+    horizon = config.imagined_steps
+    if config.estimator == "lambda":
+        return geometric_weights(config.trace_decay, horizon)
+    if config.estimator == "steve_mean":
+        return [1.0 / (horizon + 1)] * (horizon + 1)
+    return None if config.keeps_members else [0.0] * horizon + [1.0]
 
 
 def ensemble_candidates(
