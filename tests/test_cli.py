@@ -291,6 +291,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     argv = [sys.executable, "-m", "mve", "train", "Pendulum-v1", "--run-dir", "run", "--steps", "100000"]
     training = subprocess.Popen([*argv, "--set", *TINY], stderr=subprocess.PIPE, text=True)
     assert training.stderr is not None
+    training.stderr.readline()  # what the run is
     training.stderr.readline()  # the first evaluation
     time.sleep(1)
     training.send_signal(signal.SIGINT)

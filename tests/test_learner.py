@@ -171,6 +171,8 @@ def test_a_learner_describes_what_its_model_has_to_learn(learner: Learner) -> No
         "Slide with mve-sac: 2 observations, 1 actions, 220 steps; H = 3, reward learned, termination learned"
     )
     assert "reward known, termination known" in Learner("Pendulum-v1", settings=SMALL).describe()
+    never = Learner("Pendulum-v1", settings=[*SMALL, "dynamics.termination=never"])
+    assert "termination never" in never.describe()
     assert Learner("Pendulum-v1", "sac").describe().endswith("no model")
 
 

@@ -130,6 +130,7 @@ class Learner:
             return f"{text}; no model"
         told = {True: "learned", False: "known"}
         reward, termination = told[known.reward is None], told[known.termination is None]
+        termination = "never" if cfg.dynamics.termination == "never" else termination
         return f"{text}; H = {cfg.targets.imagined_steps}, reward {reward}, termination {termination}"
 
     def _capacity(self) -> int:
