@@ -153,6 +153,21 @@ def test_mujoco_leaves_nothing_outside_the_run_folder(
     assert "deprecated" not in capfd.readouterr().err
 
 
+def test_an_evaluation_leaves_nothing_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Learner("HalfCheetah-v5", settings=SMALL, quiet=True).evaluate(1)  # its model makes MuJoCo warn
+    assert os.listdir(tmp_path) == []
+    assert "deprecated" not in capfd.readouterr().err
+
+
+def test_an_evaluation_environment_that_is_given_is_used() -> None:
+    given = gym.make("Pendulum-v1", g=5.0)
+    learner = Learner("Pendulum-v1", settings=SMALL, eval_env=given)
+    assert learner._another_env().unwrapped.g == 5.0  # pyright: ignore
+
+
 def test_your_own_functions_are_used_and_asked_for_again(tmp_path: Path) -> None:
     def reward(obs: Any, action: Any, next_obs: Any) -> Any:
         del obs, action

@@ -63,7 +63,7 @@ class Train:
     def run(self) -> int:
         from mve.learner import Learner
 
-        settings = [setting for given in self.settings for setting in given]
+        settings = _joined(self.settings)
         if self.steps is not None:
             # Not left to learn(): memory and the spacing of evaluations follow from the budget.
             settings.append(f"train.total_steps={_at_least_one('--steps', self.steps)}")
@@ -81,29 +81,41 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Eval:
-    """Try the trained policy of a run, without noise, in environments of its own."""
+class OnRun:
+    """What every command on a finished or stopped run is given."""
 
     run_folder: Folder
     """Folder of the run."""
-    episodes: Annotated[int, arg(metavar="N")] = 10
-    """How many to play."""
-    json: bool = False
-    """Print the numbers as JSON."""
     reward: FunctionPath = None
     """As it was given to train."""
     termination: FunctionPath = None
     """As it was given to train."""
 
-    def run(self) -> int:
+    def load(self, *, quiet: bool = False) -> Learner:
+        """The run at its newest checkpoint."""
         from mve.learner import Learner
 
-        episodes = _at_least_one("--episodes", self.episodes)
-        learner = Learner.load(
+        return Learner.load(
             self.run_folder,
             reward_fn=_function("reward", self.reward),
             termination_fn=_function("termination", self.termination),
+            quiet=quiet,
         )
+
+
+@dataclass(frozen=True)
+class Eval(OnRun):
+    """Try the trained policy of a run, without noise, in environments of its own."""
+
+    episodes: Annotated[int, arg(metavar="N")] = 10
+    """How many to play."""
+    json: bool = False
+    """Print the numbers as JSON."""
+
+    def run(self) -> int:
+
+        episodes = _at_least_one("--episodes", self.episodes)
+        learner = self.load()
         result = learner.evaluate(episodes)
         returns, lengths = result.returns.tolist(), result.lengths.tolist()
         if not self.json:
@@ -124,31 +136,19 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Resume:
+class Resume(OnRun):
     """Go on with a run from its newest checkpoint."""
 
-    run_folder: Folder
-    """Folder of the run."""
     steps: Steps = None
     """This many more environment steps; to the end of the run's budget if not given."""
-    reward: FunctionPath = None
-    """As it was given to train."""
-    termination: FunctionPath = None
-    """As it was given to train."""
     quiet: bool = False
     """No progress display."""
 
     def run(self) -> int:
-        from mve.learner import Learner
         from mve.types import UserError
 
         steps = None if self.steps is None else _at_least_one("--steps", self.steps)
-        learner = Learner.load(
-            self.run_folder,
-            reward_fn=_function("reward", self.reward),
-            termination_fn=_function("termination", self.termination),
-            quiet=self.quiet,
-        )
+        learner = self.load(quiet=self.quiet)
         if steps is None and learner.num_timesteps >= learner.config.train.total_steps:
             done = learner.num_timesteps
             raise UserError(f"{self.run_folder} has had all of its {done} steps; --steps N trains for N more")
@@ -175,32 +175,21 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Diagnose:
+class Diagnose(OnRun):
     """Measure a run's model, critic and targets against fresh episodes of the real environment."""
 
-    run_folder: Folder
-    """Folder of the run."""
     output: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder for diagnosis.json and diagnosis.png; RUN/diagnosis if not given."""
     episodes: Annotated[int, arg(metavar="N")] = 5
     """How many to play."""
     json: bool = False
     """Print the numbers as JSON."""
-    reward: FunctionPath = None
-    """As it was given to train."""
-    termination: FunctionPath = None
-    """As it was given to train."""
 
     def run(self) -> int:
         from mve import diagnose
-        from mve.learner import Learner
 
         episodes = _at_least_one("--episodes", self.episodes)
-        learner = Learner.load(
-            self.run_folder,
-            reward_fn=_function("reward", self.reward),
-            termination_fn=_function("termination", self.termination),
-        )
+        learner = self.load()
         report = diagnose.diagnose(learner, episodes)
         folder = diagnose.write(report, self.output or self.run_folder / "diagnosis")
         print(json.dumps(report, indent=2) if self.json else diagnose.summary(report, folder))
@@ -235,7 +224,7 @@ class Check:
         steps = _at_least_one("--steps", self.steps)
         places = {"reward": self.reward, "termination": self.termination}
         known = Known(**{flag: _function(flag, place) for flag, place in places.items()})
-        built = config.build(self.env, None, [s for given in self.settings for s in given], self.seed)
+        built = config.build(self.env, None, _joined(self.settings), self.seed)
         with capture_mujoco_warnings(None):
             report = check.check(host.make(built.env), known, sources=places, steps=steps, seed=self.seed)
         if self.json:
@@ -344,6 +333,11 @@ def _learn(learner: Learner, steps: int | None) -> int:
     print(f"run folder   {learner.folder}")
     print(f"curve        {learner.folder / 'curve.png'}")
     return 0
+
+
+def _joined(settings: list[list[str]]) -> list[str]:
+    """--set may be given several times, with several assignments each."""
+    return [assignment for given in settings for assignment in given]
 
 
 def _at_least_one(flag: str, number: int) -> int:

@@ -18,11 +18,11 @@ import msgspec
 from mve.agents import AGENTS, AgentConfig
 from mve.dynamics import DynamicsConfig
 from mve.envs.base import EnvConfig
+from mve.envs.host import LARGEST_SEED
 from mve.evaluate import EvaluateConfig
 from mve.targets import TargetsConfig
 from mve.types import Count, Json, NonNegative, Positive, UserError
 
-LARGEST_SEED = 2**31 - 1
 DEFAULT_ALGO = "mve-sac"
 
 

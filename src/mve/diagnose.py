@@ -97,11 +97,10 @@ def play(learner: Learner, episodes: int) -> Played:
         longer = limit + _steps_until(TAIL, settings.targets.discount)
         env_config = replace(env_config, kwargs={**(env_config.kwargs or {}), "max_episode_steps": longer})
     env = host.make(env_config) if env_config.id else learner._another_env()
+    seeds = [host.episode_seed(DIAGNOSIS_STREAM, settings.seed, number) for number in range(episodes)]
     played = [
-        _play_episode(
-            HostEnv(env, seed=_seed(settings.seed, number), truncation_is_terminal=cuts_reward), agent, number
-        )
-        for number in range(episodes)
+        _play_episode(HostEnv(env, seed=seed, truncation_is_terminal=cuts_reward), agent, number)
+        for number, seed in enumerate(seeds)
     ]
     return jax.tree.map(lambda *x: np.concatenate(x), *played)
 
@@ -128,10 +127,6 @@ def _act(agent: Agent, obs: Array, episode: Array, step: Array) -> tuple[Array, 
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(DIAGNOSIS_STREAM), episode), step)
     action, bonus = agent.target_policy(obs[None], key)
     return action[0], bonus[0]
-
-
-def _seed(seed: int, episode: int) -> int:
-    return int(np.random.default_rng([DIAGNOSIS_STREAM, seed, episode]).integers(host.LARGEST_SEED))
 
 
 def _steps_until(weight: float, discount: float) -> int:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from mve.envs.host import LARGEST_SEED, native_action
+from mve.envs.host import episode_seed, native_action
 from mve.networks import Policy
 from mve.types import Count, Positive
 
@@ -42,8 +42,7 @@ def evaluate(envs: Sequence[gym.Env], policy: Policy, *, seed: int, step: int) -
     """
     space = envs[0].action_space
     assert isinstance(space, gym.spaces.Box)
-    starts = [np.random.default_rng([EVALUATION_STREAM, seed, step, i]) for i in range(len(envs))]
-    resets = [env.reset(seed=int(s.integers(LARGEST_SEED))) for env, s in zip(envs, starts, strict=True)]
+    resets = [env.reset(seed=episode_seed(EVALUATION_STREAM, seed, step, i)) for i, env in enumerate(envs)]
     obs = np.stack([obs for obs, _ in resets]).astype(np.float32)
     returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), np.int64)
     noise = np.zeros((len(envs), *space.shape), np.float32)

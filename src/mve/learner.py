@@ -28,6 +28,7 @@ from mve.dynamics import DynamicsConfig
 from mve.envs import host
 from mve.envs.base import EnvSpec, Episode
 from mve.envs.host import HostEnv
+from mve.envs.known import never
 from mve.evaluate import Evaluation, evaluate
 from mve.networks import Policy
 from mve.train import Recipe
@@ -35,11 +36,6 @@ from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
 
 EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
 RECENT_EPISODES = 10
-
-
-def _never(obs: Any, action: Any, next_obs: Any) -> Any:
-    """The termination function of a rollout that does not end."""
-    return jnp.zeros(next_obs.shape[:-1], bool)
 
 
 class Learner:
@@ -68,7 +64,7 @@ class Learner:
         quiet: bool = False,
     ):
         with log.capture_mujoco_warnings(None):
-            name = env if isinstance(env, str) else _name(env)
+            name = env if isinstance(env, str) else host.name_of(env)
             built = config.build(name, algo, settings, seed)
             if not isinstance(env, str):
                 built = replace(built, env=replace(built.env, id=""))
@@ -172,13 +168,17 @@ class Learner:
 
     def evaluate(self, episodes: int | None = None) -> Evaluation:
         """Return and length of episodes under the deterministic policy, in environments of their own."""
+        with log.capture_mujoco_warnings(None):
+            return self._evaluate(episodes)
+
+    def _evaluate(self, episodes: int | None) -> Evaluation:
         while len(self._eval_envs) < (wanted := episodes or self.config.evaluate.episodes):
             self._eval_envs.append(self._another_env())
         envs = self._eval_envs[:wanted]
         return evaluate(envs, self._host_policy(), seed=self.config.seed, step=self.num_timesteps)
 
     def _another_env(self) -> gym.Env:
-        if self.config.env.id:
+        if self.config.env.id and self._eval_env is None:
             return host.make(self.config.env)
         try:
             return copy.deepcopy(self._eval_env or self._instance)
@@ -265,7 +265,7 @@ class Learner:
         return lambda obs: policy(obs, next(noise))
 
     def _judge(self, records: log.RunLog, step: int) -> dict[str, float]:
-        result = self.evaluate()
+        result = self._evaluate(None)  # warnings go to the run's own log
         records.evaluation(step, result.returns.tolist(), result.lengths.tolist())
         return {
             "eval/mean_reward": float(result.returns.mean()),
@@ -373,10 +373,6 @@ class Learner:
         return learner
 
 
-def _name(env: gym.Env) -> str:
-    return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
-
-
 def _on_host(policy: Policy) -> Policy:
     return jax.tree.map(np.array, policy)
 
@@ -401,7 +397,7 @@ def _known(settings: DynamicsConfig, spec: EnvSpec, name: str) -> Known:
             raise UserError(f"{name}: no {what} function is known; give one, or set dynamics.{what}=learned")
     reward = None if settings.reward == "learned" else spec.known.reward
     termination = None if settings.termination == "learned" else spec.known.termination
-    return Known(reward, _never if settings.termination == "never" else termination)
+    return Known(reward, never if settings.termination == "never" else termination)
 
 
 def _rollout_metrics(recent: Sequence[Episode], elapsed: float, step: int) -> dict[str, float]:

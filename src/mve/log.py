@@ -120,8 +120,7 @@ class RunLog:
                 speed.append(f"{_duration((self._total_steps - step) / rate)} left")
         named = {name: f"{name} {_short(value)}" for name, value in self._fields.items()}
         first_of_all = [named.pop(name) for name in ("evaluation", "return") if name in named]
-        for shown_elsewhere in ("env", "steps/s"):
-            named.pop(shown_elsewhere, None)
+        named.pop("env", None)  # it names the line
         return "  ".join([*first_of_all, *speed, *named.values()])
 
     def _append_rows(self, rows: Any) -> None:

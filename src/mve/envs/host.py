@@ -34,6 +34,16 @@ def make(config: EnvConfig) -> gym.Env:
         raise UserError(f"cannot make environment '{config.id}': {_one_line(error)}") from error
 
 
+def name_of(env: gym.Env) -> str:
+    """Its Gymnasium id, or the name of its class."""
+    return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+
+
+def episode_seed(stream: int, *words: int) -> int:
+    """Seed of one episode's reset: a function of the stream, the run's seed and the episode's numbers."""
+    return int(np.random.default_rng([stream, *words]).integers(LARGEST_SEED))
+
+
 def native_action(space: Box, action: np.ndarray) -> np.ndarray:
     """Actions in [-1, 1] stretched over the box, whatever its limits, in its own type."""
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
@@ -83,7 +93,7 @@ class HostEnv:
         reward_fn: RewardFn | None = None,
         termination_fn: TerminationFn | None = None,
     ):
-        name = env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+        name = name_of(env)
         obs_space, action_space = _check_spaces(env, name)
         self._env = env
         self._action_space = action_space
@@ -120,9 +130,7 @@ class HostEnv:
         return Known(reward, termination)
 
     def _reset(self) -> np.ndarray:
-        seed = int(
-            np.random.default_rng([EPISODE_STREAM, self._seed, self.num_episodes]).integers(LARGEST_SEED)
-        )
+        seed = episode_seed(EPISODE_STREAM, self._seed, self.num_episodes)
         obs, _ = self._env.reset(seed=seed)
         self._return, self._length = 0.0, 0
         return self._checked(obs)

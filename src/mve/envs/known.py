@@ -75,7 +75,7 @@ def _pendulum(env: Any, _: int) -> Known:
         torque = jnp.clip(action[0], -limit, limit)
         return -(angle**2 + 0.1 * obs[SPEED] ** 2 + 0.001 * torque**2)
 
-    return Known(_over_batch(reward), _never)
+    return Known(_over_batch(reward), never)
 
 
 def _inverted_pendulum(_: Any, version: int) -> Known:
@@ -130,13 +130,13 @@ def _reacher(env: Any, version: int) -> Known:
     weights = (1.0, 1.0) if version == 4 else (env._reward_dist_weight, env._reward_control_weight)
     near, control = map(float, weights)
     if version == 5 and not _has_stock_model(env, "reacher.xml"):
-        return Known(None, _never)  # in another model the height that is dropped need not be zero
+        return Known(None, never)  # in another model the height that is dropped need not be zero
 
     def reward(obs: Array, action: Array, next_obs: Array) -> Array:
         seen = obs if version == 4 else next_obs
         return -near * norm(seen[-width:]) - control * jnp.sum(action**2)
 
-    return Known(_over_batch(reward), _never)
+    return Known(_over_batch(reward), never)
 
 
 def _pusher(env: Any, version: int) -> Known:
@@ -150,7 +150,7 @@ def _pusher(env: Any, version: int) -> Known:
         tips, thing, goal = (obs if version == 4 else next_obs)[-9:].reshape(3, 3)
         return -near * norm(thing - tips) - far * norm(thing - goal) - control * jnp.sum(action**2)
 
-    return Known(_over_batch(reward), _never)
+    return Known(_over_batch(reward), never)
 
 
 # Runners in the plane: qpos = (x, z, pitch, joints...), Swimmer's = (x, y, heading, joints...)
@@ -158,7 +158,7 @@ def _pusher(env: Any, version: int) -> Known:
 
 def _half_cheetah_or_swimmer(env: Any, _: int) -> Known:
     """r = w Δx/dt - c ‖a‖²; never ends."""
-    return Known(_runner_reward(env), _never)
+    return Known(_runner_reward(env), never)
 
 
 def _hopper(env: Any, version: int) -> Known:
@@ -283,11 +283,11 @@ def _health(env: Any, version: int, healthy: Feature) -> tuple[Feature, Terminat
     """
     ends, bonus = bool(env._terminate_when_unhealthy), float(env._healthy_reward)
     always = version == 4 and ends
-    termination = _over_batch(lambda _, __, next_obs: ~healthy(next_obs)) if ends else _never
+    termination = _over_batch(lambda _, __, next_obs: ~healthy(next_obs)) if ends else never
     return lambda next_obs: jnp.where(healthy(next_obs) | always, bonus, 0.0), termination
 
 
-def _never(obs: Array, _: Array, __: Array) -> Array:
+def never(obs: Array, _: Array, __: Array) -> Array:
     return jnp.zeros(obs.shape[:-1], bool)
 
 
