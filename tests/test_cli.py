@@ -17,8 +17,8 @@ import pytest
 
 from mve import log
 from mve.cli import COMMANDS, main
-from mve.config import PRESETS
 from mve.learner import Learner
+from mve.presets import PRESETS
 
 # No function of the environment, so that a resumed run finds the compiled one; memory that never grows.
 TINY = [

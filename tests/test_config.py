@@ -8,7 +8,8 @@ import pytest
 
 from mve import config
 from mve.agents import AGENTS
-from mve.config import PRESETS, build, from_json, to_json
+from mve.config import build, from_json, to_json
+from mve.presets import PRESETS
 from mve.types import UserError
 
 TASKS = ("HalfCheetah-v5", "Swimmer-v5", "Walker2d-v5", "Pendulum-v1")

@@ -242,7 +242,7 @@ class List:
     """Print them with all their settings as JSON."""
 
     def run(self) -> int:
-        from mve.config import PRESETS
+        from mve.presets import PRESETS
 
         if self.json:
             presets = {name: _plain(preset._asdict()) for name, preset in PRESETS.items()}
