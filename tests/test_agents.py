@@ -47,7 +47,7 @@ def same(a: object, b: object) -> bool:
 
 @jax.jit
 def update(agent: Agent, rows: CriticTargets, key: jax.Array) -> Agent:
-    return agent.update(rows, rows.obs, key)[0]
+    return agent.update(rows, rows.obs, lambda policy, value, obs, key: value(obs, key), key)[0]
 
 
 def updated(agent: Agent, times: int = 1) -> Agent:
@@ -255,6 +255,7 @@ def test_a_horizon_of_zero_trains_the_base_learner_bit_for_bit(name: str, estima
                 continuation=np.ones(10, f32),
                 episode=np.zeros(10, np.int32),
                 step=np.arange(10, dtype=np.int32),
+                log_density=np.zeros(10, f32),
             )
             state, _ = train.learn(state, rows, np.int32(10), np.int32(0), np.int32(5), recipe)
         results.append(state.agent)

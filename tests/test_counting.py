@@ -49,7 +49,7 @@ def remembered(num_steps: int, capacity: int = CAPACITY, memory: Replay | None =
     env = HostEnv(Counting(LENGTHS), seed=0)
     for start in range(0, num_steps, BLOCK):
         count = min(BLOCK, num_steps - start)
-        memory = ADD(memory, padded(env.collect(do_nothing, count)[0]), np.int32(count))
+        memory = ADD(memory, padded(env.collect(do_nothing, count)[0]), np.arange(BLOCK) < count)
     return memory
 
 

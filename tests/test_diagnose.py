@@ -72,6 +72,7 @@ def played(last_terminates: bool = False) -> Played:
         continuation=np.where((time == 4) & last_terminates, 0, 1).astype(np.float32),
         episode=np.repeat(np.int32([0, 1]), 5),
         step=np.arange(1, 11, dtype=np.int32),
+        log_density=np.zeros(10, np.float32),
     )  # pyright: ignore[reportArgumentType]
     return Played(rows, np.zeros(10, np.float32), time == 4, time)
 
@@ -201,7 +202,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     learner._state = eqx.tree_at(
         lambda s: (s.replay, s.model, s.num_env_steps),
         state,
-        (replay.add(state.replay, rows, num_rows), model, num_rows),
+        (replay.add(state.replay, rows, jnp.ones(60, bool)), model, num_rows),
     )
     folder = tmp_path_factory.mktemp("diagnosed") / "run"
     learner.save(folder)

@@ -37,7 +37,12 @@ def rows_of(obs: Any, action: Any, reward: Any, next_obs: Any, terminated: Any =
     num_rows = len(obs)
     continuation = 1.0 - np.broadcast_to(terminated, num_rows)
     columns = (jnp.asarray(x, jnp.float32) for x in (obs, action, reward, next_obs, continuation))
-    return Transition(*columns, episode=jnp.zeros(num_rows, jnp.int32), step=jnp.arange(num_rows))
+    return Transition(
+        *columns,
+        episode=jnp.zeros(num_rows, jnp.int32),
+        step=jnp.arange(num_rows),
+        log_density=jnp.zeros(num_rows),
+    )
 
 
 def true_step(obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

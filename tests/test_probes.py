@@ -7,6 +7,7 @@ as well. gamma is 1/2, so that a value one step off is a factor of two off.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -16,21 +17,21 @@ import numpy as np
 import pytest
 from environments import Probe
 
-from mve import agents, dynamics, replay, train
+from mve import dynamics, replay, train
 from mve.agents import AGENTS, Agent
 from mve.agents.base import action_values
 from mve.dynamics import Dynamics, DynamicsConfig
 from mve.envs.host import HostEnv
 from mve.replay import Replay
 from mve.targets import TargetsConfig
-from mve.train import Recipe
+from mve.train import Recipe, TrainState
 from mve.types import Known
 
 GAMMA = 0.5
 ROWS = 256
 FITS, UPDATES = 300, 1000
 VALUE_TOLERANCE, ACTION_TOLERANCE = 0.06, 0.1  # values lie within [-2, 2], actions within [-1, 1]
-AGENT = jax.jit(agents.init, static_argnums=(0, 1, 2))
+INIT = jax.jit(train.init, static_argnums=(0, 1, 2))
 MODEL = jax.jit(dynamics.init, static_argnums=(0, 1, 2, 3))
 
 EXACT_AGENTS = {  # nothing that blurs Q: no smoothing noise; hardly any entropy bonus, for good
@@ -114,11 +115,12 @@ def fitted(model: Dynamics, memory: Replay, recipe: Recipe) -> Dynamics:
 
 
 @partial(jax.jit, static_argnames="recipe")
-def improved(agent: Agent, memory: Replay, model: Dynamics, recipe: Recipe) -> Agent:
+def improved(state: TrainState, recipe: Recipe) -> Agent:
     def improve(i: jax.Array, agent: Agent) -> Agent:
-        return train.update_step(agent, memory, model, recipe, jax.random.fold_in(jax.random.key(2), i))[0]
+        key = jax.random.fold_in(jax.random.key(2), i)
+        return train.update_step(replace(state, agent=agent), recipe, key)[0]
 
-    return jax.lax.fori_loop(0, UPDATES, improve, agent)
+    return jax.lax.fori_loop(0, UPDATES, improve, state.agent)
 
 
 @cache
@@ -127,22 +129,24 @@ def experience(probe: str) -> tuple[Replay, Dynamics]:
     rng = np.random.default_rng(0)
     env = HostEnv(PROBES[probe].env, seed=0)
     block, _ = env.collect(lambda obs: rng.uniform(-1.0, 1.0, 1).astype(np.float32), ROWS)
-    memory = replay.add(replay.init(ROWS, 1, 1), block, jnp.int32(ROWS))
+    memory = replay.add(replay.init(ROWS, 1, 1), block, jnp.ones(ROWS, bool))
     ours = recipe("ddpg", "mve")
     model = MODEL(ours.dynamics, ours.known, 1, 1, jax.random.key(0))
     return memory, fitted(model, memory, ours)
 
 
 @cache
-def beginner(agent: str) -> Agent:
-    return AGENT(recipe(agent, "one_step").agent, 1, 1, jax.random.key(0))
+def beginner(agent: str) -> TrainState:
+    return INIT(recipe(agent, "mve"), ROWS, 0)
 
 
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize(("agent", "estimator"), LEARNERS)
 def test_known_values_are_learned(agent: str, estimator: str, probe: str) -> None:
     memory, model = experience(probe)
-    learned = improved(beginner(agent), memory, model, recipe(agent, estimator))
+    ours = recipe(agent, estimator)
+    state = replace(beginner(agent), replay=memory, model=model)
+    learned = improved(state, ours)
 
     answers = PROBES[probe]
     obs_action = jnp.array(list(answers.value), jnp.float32)

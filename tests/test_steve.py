@@ -3,6 +3,7 @@ moves and judges whom in an imagined step. Batch axes are (M, B), rewards (H, R,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -22,7 +23,7 @@ ESTIMATE = jax.jit(targets.estimate, static_argnums=(2, 3))
 MEMBER_STEP = jax.jit(dynamics.member_step, static_argnums=(1, 2))
 STEP = jax.jit(dynamics.step, static_argnums=(1, 2))
 INIT = jax.jit(train.init, static_argnums=(0, 1, 2))
-UPDATE = jax.jit(train.update_step, static_argnums=3)
+UPDATE = jax.jit(train.update_step, static_argnums=1)
 VARIANTS = ["steve", "steve_mean", "steve_cov"]
 MODEL = DynamicsConfig(hidden=(8,), members=3, batch_size=8)
 KNOWN = Known(lambda s, a, n: s[..., 0] + n[..., 1], lambda s, a, n: n[..., 0] > 0.3)
@@ -247,6 +248,7 @@ def random_rows(num_rows: int) -> Transition:
         continuation=jnp.ones(num_rows),
         episode=jnp.zeros(num_rows, jnp.int32),
         step=jnp.arange(num_rows),
+        log_density=jnp.zeros(num_rows),
     )
 
 
@@ -288,9 +290,9 @@ def recipe(agent: str, estimator: str, known: Known, horizon: int = 2) -> Recipe
 def test_every_agent_takes_a_step_towards_steves_targets(agent: str, known: Known, horizon: int) -> None:
     ours = recipe(agent, "steve", known, horizon)
     state = INIT(ours, 16, 0)
-    memory = replay.add(state.replay, random_rows(16), jnp.int32(16))
+    memory = replay.add(state.replay, random_rows(16), jnp.ones(16, bool))
     model = model_of(known, random_rows(16)) if horizon else None
-    after, metrics = UPDATE(state.agent, memory, model, ours, jax.random.key(1))
+    after, metrics = UPDATE(replace(state, replay=memory, model=model), ours, jax.random.key(1))
     assert all(bool(jnp.isfinite(m)) for m in metrics.values())
     moved = jax.tree.map(lambda a, b: jnp.any(a != b), state.agent.critic, after.critic)
     assert any(jax.tree.leaves(moved))

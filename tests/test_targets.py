@@ -25,6 +25,7 @@ def transition(reward: list[float], continuation: list[float]) -> Transition:
         continuation=jnp.array(continuation),
         episode=jnp.zeros(rows, jnp.int32),
         step=jnp.arange(rows, dtype=jnp.int32),
+        log_density=jnp.zeros(rows),
     )
 
 

@@ -108,6 +108,7 @@ def test_with_a_perfect_model_row_t_of_tdk_carries_the_critics_error_times_gamma
         continuation=jnp.ones(ROWS),
         episode=jnp.zeros(ROWS, jnp.int32),
         step=jnp.zeros(ROWS, jnp.int32),
+        log_density=jnp.zeros(ROWS),
     )
     rollout = imagined(system, start, horizon)
     config = TargetsConfig(estimator="mve_tdk", horizon_steps=horizon, discount=GAMMA)

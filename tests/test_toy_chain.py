@@ -55,7 +55,9 @@ def update(method: Method, table: jax.Array, key: jax.Array) -> jax.Array:
     state = jax.random.randint(sample_key, (ENSEMBLE,), 0, STATES)
     obs, action = state[:, None].astype(jnp.float32), jnp.zeros((ENSEMBLE, 1))
     next_obs, reward, continuation = chain_step(False, obs, action, key=None)  # pyright: ignore
-    batch = Transition(obs, action, reward, next_obs, continuation, episode=state, step=state)
+    batch = Transition(
+        obs, action, reward, next_obs, continuation, episode=state, step=state, log_density=reward
+    )
 
     config = TargetsConfig(estimator=method.estimator, horizon_steps=HORIZON, discount=1.0)  # pyright: ignore
     start = jnp.broadcast_to(next_obs, (ENSEMBLE, *next_obs.shape)) if config.keeps_members else next_obs

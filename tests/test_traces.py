@@ -41,6 +41,7 @@ def block(number: int) -> Transition:
         continuation=np.ones(BLOCK, np.float32),
         episode=np.zeros(BLOCK, np.int32),
         step=np.arange(BLOCK, dtype=np.int32),
+        log_density=np.zeros(BLOCK, np.float32),
     )
 
 
@@ -85,7 +86,7 @@ def test_seeds_side_by_side_take_the_steps_that_each_takes_alone(trained: TrainS
     """To rounding: a batched matrix product may sum in another order."""
 
     def update(state: TrainState, seed: jax.Array) -> Agent:
-        return train.update_step(state.agent, state.replay, state.model, recipe(), jax.random.key(seed))[0]
+        return train.update_step(state, recipe(), jax.random.key(seed))[0]
 
     states, seeds = [trained, run(seed=1)], jnp.array([5, 6])
     together = jax.jit(jax.vmap(update))(jax.tree.map(lambda *x: jnp.stack(x), *states), seeds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from mve.types import Key, Transition
 
@@ -30,24 +31,24 @@ def init(capacity: int, obs_size: int, action_size: int) -> Replay:
         continuation=jnp.zeros((capacity,)),
         episode=jnp.zeros((capacity,), jnp.int32),
         step=jnp.zeros((capacity,), jnp.int32),
+        log_density=jnp.zeros((capacity,)),
     )
     return Replay(rows=rows, position=jnp.int32(0), size=jnp.int32(0))
 
 
-def add(replay: Replay, block: Transition, num_rows: jax.Array) -> Replay:
-    """Write the first `num_rows` rows of a block, over the oldest once the ring is full.
+def add(replay: Replay, block: Transition, keep: Bool[Array, " T"]) -> Replay:
+    """Write the rows of a block that `keep` names, in order, over the oldest once the ring is full.
 
-    The block has a fixed length, so that a shorter last block does not compile anew; its unused rows
-    are sent out of bounds, where the scatter drops them.
+    The block has a fixed length, so that fewer rows do not compile anew; those not kept are sent out of
+    bounds, where the scatter drops them.
     """
-    capacity = replay.capacity
-    offset = jnp.arange(block.reward.shape[0], dtype=jnp.int32)
-    index = jnp.where(offset < num_rows, (replay.position + offset) % capacity, capacity)
+    capacity, count = replay.capacity, jnp.cumsum(keep, dtype=jnp.int32)
+    index = jnp.where(keep, (replay.position + count - 1) % capacity, capacity)
     rows = jax.tree.map(lambda ring, new: ring.at[index].set(new, mode="drop"), replay.rows, block)
     return Replay(
         rows=rows,
-        position=(replay.position + num_rows) % capacity,
-        size=jnp.minimum(replay.size + num_rows, capacity),
+        position=(replay.position + count[-1]) % capacity,
+        size=jnp.minimum(replay.size + count[-1], capacity),
     )
 
 

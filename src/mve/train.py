@@ -7,7 +7,7 @@ judge -> remember -> fit -> update_step ...     learn, once per block of real st
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from mve.dynamics import Dynamics, DynamicsConfig
 from mve.networks import Policy
 from mve.replay import Replay
 from mve.targets import TargetsConfig
-from mve.types import Key, Known, Metrics, Transition
+from mve.types import ActorValueFn, Key, Known, Metrics, ObjectiveFn, PolicyFn, StepFn, Transition
 
 State = TypeVar("State")
 
@@ -43,7 +43,7 @@ class Recipe:
 
     @property
     def uses_model(self) -> bool:
-        return self.targets.imagined_steps > 0
+        return self.targets.imagined_steps > 0 or self.agent.model_steps > 0
 
 
 class TrainState(eqx.Module):
@@ -77,21 +77,22 @@ def grow(state: TrainState, capacity: int) -> TrainState:
     return eqx.tree_at(lambda s: s.replay, state, replay.grow(state.replay, capacity))
 
 
-def update_step(
-    agent: Agent, memory: Replay, model: Dynamics | None, recipe: Recipe, key: Key
-) -> tuple[Agent, Metrics]:
+def update_step(state: TrainState, recipe: Recipe, key: Key) -> tuple[Agent, Metrics]:
     """One gradient step of the agent: sample, imagine, estimate, improve."""
     sample_key, imagine_key, value_key, agent_key = jax.random.split(key, 4)
+    agent = state.agent
     value_fn = lambda obs: agent.target_value(obs, value_key)  # noqa: E731
-    step_fn = partial(_imagined_step, model, recipe)
 
-    batch = replay.sample(memory, (recipe.agent.batch_size,), sample_key)
-    start_obs = _start_obs(batch, recipe)
+    batch = replay.sample(state.replay, (recipe.agent.batch_size,), sample_key)
     imagined = imagine.rollout(
-        step_fn, agent.target_policy, start_obs, recipe.targets.imagined_steps, imagine_key
+        _target_step(state, recipe),
+        agent.target_policy,
+        _start_obs(batch, recipe),
+        recipe.targets.imagined_steps,
+        imagine_key,
     )
     critic_targets = targets.estimate(batch, imagined, value_fn, recipe.targets)
-    agent, metrics = agent.update(critic_targets, batch.obs, agent_key)
+    agent, metrics = agent.update(critic_targets, batch.obs, _objective(state, recipe), agent_key)
 
     return agent, metrics | _target_metrics(critic_targets, recipe)
 
@@ -103,16 +104,40 @@ def _start_obs(batch: Transition, recipe: Recipe) -> Array:
     return jnp.broadcast_to(batch.next_obs, (recipe.dynamics.members, *batch.next_obs.shape))
 
 
-def _imagined_step(
-    model: Dynamics | None, recipe: Recipe, obs: Array, action: Array, key: Key
-) -> tuple[Array, Array, Array]:
-    keeps_members = recipe.targets.keeps_members
+def _model_step(state: TrainState, recipe: Recipe) -> StepFn:
+    """One imagined step of states (B, S)."""
+    model = state.model
     if model is None:  # traced for a rollout of no steps, whose result is empty
-        nothing = jnp.zeros(obs.shape[:-1])
-        return obs, nothing[None] if keeps_members else nothing, nothing
-    if keeps_members:
-        return dynamics.member_step(model, recipe.known, recipe.dynamics, obs, action)
-    return dynamics.step(model, recipe.known, recipe.dynamics, obs, action, key)
+        return lambda obs, action, key: (obs, jnp.zeros(obs.shape[:-1]), jnp.zeros(obs.shape[:-1]))
+    return partial(dynamics.step, model, recipe.known, recipe.dynamics)
+
+
+def _target_step(state: TrainState, recipe: Recipe) -> StepFn:
+    """As `_model_step`, of states (M, B, S) where the estimator keeps members apart."""
+    model = state.model
+    if not recipe.targets.keeps_members:
+        return _model_step(state, recipe)
+    if model is None:
+        nothing = jnp.zeros
+        return lambda obs, action, key: (obs, nothing((1, *obs.shape[:-1])), nothing(obs.shape[:-1]))
+    return lambda obs, action, key: dynamics.member_step(model, recipe.known, recipe.dynamics, obs, action)
+
+
+def _objective(state: TrainState, recipe: Recipe) -> ObjectiveFn:
+    """What the actor is to raise: the critic's value, after `model_steps` of the model (Heess et al. 2015,
+    Amos et al. 2021). The tail of a rollout that ends is cut; gradients pass through policy and model."""
+    steps, discount, step_fn = recipe.agent.model_steps, recipe.targets.discount, _model_step(state, recipe)
+
+    def expanded(policy: PolicyFn, value: ActorValueFn, obs: Array, key: Key) -> tuple[Array, Array]:
+        if steps == 0:
+            return value(obs, key)
+        imagine_key, value_key = jax.random.split(key)
+        imagined = imagine.rollout(step_fn, policy, obs, steps, imagine_key)
+        tail, _ = value(imagined.obs[-1], value_key)
+        reward = imagined.reward + imagined.bonus
+        return targets.returns_to_go(reward, discount * imagined.continuation, tail)[0], imagined.bonus[0]
+
+    return expanded
 
 
 def _target_metrics(critic_targets: targets.CriticTargets, recipe: Recipe) -> Metrics:
@@ -151,17 +176,16 @@ def learn(
         errors = dynamics.open_loop_error(model, block, num_rows, ERROR_DEPTHS)
         metrics |= {f"model/mse_k{k}": error for k, error in errors.items()}
         model = dynamics.observe(model, block, num_rows, recipe.dynamics)
-    memory = replay.add(memory, block, num_rows)
+    memory = replay.add(memory, block, jnp.arange(block.reward.shape[0]) < num_rows)
     if model is not None:
         fit = lambda model, key: fit_step(model, memory, recipe, key)  # noqa: E731
         model, fit_metrics = _repeat(fit, model, num_fits, fit_key)
         metrics |= fit_metrics
-    update = lambda agent, key: update_step(agent, memory, model, recipe, key)  # noqa: E731
+    state = replace(state, replay=memory, model=model)
+    update = lambda agent, key: update_step(replace(state, agent=agent), recipe, key)  # noqa: E731
     agent, update_metrics = _repeat(update, state.agent, num_updates, update_key)
 
-    state = TrainState(
-        replay=memory, model=model, agent=agent, num_env_steps=state.num_env_steps + num_rows, key=state.key
-    )
+    state = replace(state, agent=agent, num_env_steps=state.num_env_steps + num_rows)
     return state, metrics | update_metrics
 
 

@@ -31,6 +31,11 @@ StepFn: TypeAlias = Callable[
 PolicyFn: TypeAlias = Callable[[Array, Key], tuple[Array, Array]]  # obs, key -> action, bonus of acting
 ValueFn: TypeAlias = Callable[[Array], Array]  # obs (*batch, S) -> one value per critic (N, *batch)
 
+# What an actor is improved on: its policy, and its value (*batch) of a state with the bonus of the action
+# taken there, make of start states (B, S) the values (B,) to raise and the bonuses (B,) of the first actions.
+ActorValueFn: TypeAlias = Callable[[Array, Key], tuple[Array, Array]]
+ObjectiveFn: TypeAlias = Callable[[PolicyFn, ActorValueFn, Array, Key], tuple[Array, Array]]
+
 
 class Transition(NamedTuple):
     """What one environment step leaves behind; also a batch of them."""
@@ -42,6 +47,7 @@ class Transition(NamedTuple):
     continuation: Float[Array, " *batch"]
     episode: Int[Array, " *batch"]  # running number of the episode: neighbours in time share it
     step: Int[Array, " *batch"]  # environment step at which it was collected: the row's own name
+    log_density: Float[Array, " *batch"]  # of the action under the policy that took it; 0 where nobody asks
 
 
 class Imagined(NamedTuple):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mve.networks import MLP, Policy, apply_gradient, ensemble
-from mve.types import CriticTargets, Key, Metrics, Positive, Rate, Unit, Widths
+from mve.networks import MLP, DeterministicActor, Policy, apply_gradient, ensemble
+from mve.types import Count, CriticTargets, Key, Metrics, ObjectiveFn, PolicyFn, Positive, Rate, Unit, Widths
 
 Tree = TypeVar("Tree")
 
@@ -38,6 +38,8 @@ class AgentConfig:
     """Adam's step size."""
     target_rate: Unit = 0.005
     """Share of the new network in the slow copy, per update (Polyak)."""
+    model_steps: Count = 0
+    """Model steps that the actor's objective is differentiated through before it asks the critic; 0: none."""
 
 
 class Agent(eqx.Module):
@@ -68,8 +70,16 @@ class Agent(eqx.Module):
         """Bootstrap of a state under the target policy, bonus of its own action included, per critic."""
 
     @abc.abstractmethod
-    def update(self, targets: CriticTargets, obs: Float[Array, " B S"], key: Key) -> tuple[Agent, Metrics]:
-        """One step of critic and actor; `obs` are the real states on which the actor is improved."""
+    def current_policy(
+        self, obs: Float[Array, " *batch S"], key: Key
+    ) -> tuple[Float[Array, " *batch A"], Float[Array, " *batch"]]:
+        """As `target_policy`, of the actor in training: it fills imagination buffers."""
+
+    @abc.abstractmethod
+    def update(
+        self, targets: CriticTargets, obs: Float[Array, " B S"], objective: ObjectiveFn, key: Key
+    ) -> tuple[Agent, Metrics]:
+        """One step of critic and actor; `objective` says what the actor is worth in the states `obs`."""
 
 
 def init_critic(config: AgentConfig, obs_size: int, action_size: int, key: Key) -> MLP:
@@ -102,6 +112,16 @@ def critic_loss(critic: MLP, targets: CriticTargets) -> tuple[Array, Metrics]:
     error = value - jnp.broadcast_to(targets.value, value.shape)
     loss = jnp.sum(jnp.broadcast_to(targets.weight, value.shape) * jnp.square(error))
     return loss, {"train/critic_loss": loss, "train/q_mean": jnp.mean(value)}
+
+
+def deterministic(actor: DeterministicActor) -> PolicyFn:
+    """The actor's action without noise; acting earns no bonus."""
+
+    def policy(obs: Array, key: Key) -> tuple[Array, Array]:
+        del key
+        return actor.act(obs, 0.0), jnp.zeros(obs.shape[:-1])
+
+    return policy
 
 
 def init_adam(learning_rate: float, params: Any) -> optax.OptState:

@@ -17,12 +17,13 @@ from mve.agents.base import (
     action_values,
     adam_step,
     critic_loss,
+    deterministic,
     init_adam,
     init_critic,
     polyak,
 )
 from mve.networks import MLP, DeterministicActor, Policy
-from mve.types import CriticTargets, Key, Metrics, NonNegative, Positive, Rate, Unit, Widths
+from mve.types import CriticTargets, Key, Metrics, NonNegative, ObjectiveFn, Positive, Rate, Unit, Widths
 
 NOISE_GROWTH = 1.01  # factor of one adaptation, up or down
 
@@ -112,9 +113,21 @@ class DDPG(Agent):
         del key
         return action_values(self.target_critic, obs, self.target_actor.act(obs, 0.0))
 
-    def update(self, targets: CriticTargets, obs: Array, key: Key) -> tuple[DDPG, Metrics]:
+    def current_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
+        return deterministic(self.actor)(obs, key)
+
+    def update(
+        self, targets: CriticTargets, obs: Array, objective: ObjectiveFn, key: Key
+    ) -> tuple[DDPG, Metrics]:
+        objective_key, noise_key = jax.random.split(key)
+
         def actor_loss(actor: DeterministicActor) -> Array:
-            return -jnp.mean(action_values(self.critic, obs, actor.act(obs, 0.0)))
+            def value(obs: Array, key: Key) -> tuple[Array, Array]:
+                del key
+                values = action_values(self.critic, obs, actor.act(obs, 0.0))
+                return jnp.mean(values, axis=0), jnp.zeros(obs.shape[:-1])
+
+            return -jnp.mean(objective(deterministic(actor), value, obs, objective_key)[0])
 
         critic_gradient, metrics = jax.grad(critic_loss, has_aux=True)(self.critic, targets)
         loss, actor_gradient = jax.value_and_grad(actor_loss)(self.actor)
@@ -125,7 +138,7 @@ class DDPG(Agent):
         actor, actor_opt = adam_step(cfg.actor_learning_rate, actor_gradient, self.actor_opt, self.actor)
         noise_scale = jax.lax.cond(
             (self.num_updates + 1) % cfg.noise_interval == 0,
-            lambda: adapted_noise_scale(actor, self.noise_scale, obs, cfg.noise, key),
+            lambda: adapted_noise_scale(actor, self.noise_scale, obs, cfg.noise, noise_key),
             lambda: self.noise_scale,
         )
         agent = DDPG(

@@ -23,7 +23,7 @@ from mve.agents.base import (
     polyak,
 )
 from mve.networks import MLP, GaussianActor, Policy
-from mve.types import CriticTargets, Key, Metrics, Rate
+from mve.types import CriticTargets, Key, Metrics, ObjectiveFn, Rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +99,17 @@ class SAC(Agent):
         action, log_density = self._sample(self.actor, obs, key)
         return action, -jnp.exp(self.log_temperature) * log_density
 
+    def current_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
+        return self.target_policy(obs, key)  # SAC has no slow actor
+
     def target_value(self, obs: Array, key: Key) -> Array:
         action, bonus = self.target_policy(obs, key)
         value = action_values(self.target_critic, obs, action)
         return value + jnp.broadcast_to(bonus, value.shape)
 
-    def update(self, targets: CriticTargets, obs: Array, key: Key) -> tuple[SAC, Metrics]:
+    def update(
+        self, targets: CriticTargets, obs: Array, objective: ObjectiveFn, key: Key
+    ) -> tuple[SAC, Metrics]:
         cfg = self.config
         temperature = jnp.exp(self.log_temperature)
         critic_gradient, metrics = jax.grad(critic_loss, has_aux=True)(self.critic, targets)
@@ -113,9 +118,16 @@ class SAC(Agent):
         )
 
         def actor_loss(actor: GaussianActor) -> tuple[Array, Array]:
-            action, log_density = self._sample(actor, obs, key)
-            value = jnp.min(action_values(critic, obs, action), axis=0)
-            return jnp.mean(temperature * log_density - value), jnp.mean(log_density)
+            def policy(obs: Array, key: Key) -> tuple[Array, Array]:
+                action, log_density = self._sample(actor, obs, key)
+                return action, -temperature * log_density
+
+            def value(obs: Array, key: Key) -> tuple[Array, Array]:
+                action, bonus = policy(obs, key)
+                return jnp.min(action_values(critic, obs, action), axis=0) + bonus, bonus
+
+            soft_value, bonus = objective(policy, value, obs, key)
+            return -jnp.mean(soft_value), -jnp.mean(bonus) / temperature
 
         (loss, log_density), gradient = jax.value_and_grad(actor_loss, has_aux=True)(self.actor)
         actor, actor_opt = adam_step(cfg.actor_learning_rate, gradient, self.actor_opt, self.actor)

@@ -16,12 +16,13 @@ from mve.agents.base import (
     action_values,
     adam_step,
     critic_loss,
+    deterministic,
     init_adam,
     init_critic,
     polyak,
 )
 from mve.networks import MLP, DeterministicActor, Policy
-from mve.types import CriticTargets, Key, Metrics, NonNegative, Positive
+from mve.types import CriticTargets, Key, Metrics, NonNegative, ObjectiveFn, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +89,12 @@ class TD3(Agent):
     def target_value(self, obs: Array, key: Key) -> Array:
         return action_values(self.target_critic, obs, self.target_policy(obs, key)[0])
 
-    def update(self, targets: CriticTargets, obs: Array, key: Key) -> tuple[TD3, Metrics]:
-        del key
+    def current_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
+        return deterministic(self.actor)(obs, key)
+
+    def update(
+        self, targets: CriticTargets, obs: Array, objective: ObjectiveFn, key: Key
+    ) -> tuple[TD3, Metrics]:
         cfg = self.config
         critic_gradient, metrics = jax.grad(critic_loss, has_aux=True)(self.critic, targets)
         critic, critic_opt = adam_step(
@@ -97,7 +102,11 @@ class TD3(Agent):
         )
 
         def actor_loss(actor: DeterministicActor) -> Array:
-            return -jnp.mean(action_values(critic, obs, actor.act(obs, 0.0))[0])
+            def value(obs: Array, key: Key) -> tuple[Array, Array]:
+                del key
+                return action_values(critic, obs, actor.act(obs, 0.0))[0], jnp.zeros(obs.shape[:-1])
+
+            return -jnp.mean(objective(deterministic(actor), value, obs, key)[0])
 
         def improve() -> tuple[DeterministicActor, optax.OptState, DeterministicActor, MLP, Array]:
             loss, gradient = jax.value_and_grad(actor_loss)(self.actor)

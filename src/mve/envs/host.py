@@ -163,7 +163,7 @@ class HostEnv:
             if not np.isfinite(reward):
                 raise UserError(f"{self.spec.name}: reward of step {self.num_steps} is {reward}")
             over = terminated or (truncated and self._truncation_is_terminal)
-            rows.append((obs, action, reward, next_obs, 1.0 - over, self.num_episodes, self.num_steps))
+            rows.append((obs, action, reward, next_obs, 1.0 - over, self.num_episodes, self.num_steps, 0.0))
             self._return, self._length = self._return + reward, self._length + 1
             self._obs = next_obs
             if terminated or truncated:
@@ -171,7 +171,7 @@ class HostEnv:
                 self._obs = None
                 self.num_episodes += 1
         columns = zip(*rows, strict=True)
-        dtypes = (np.float32,) * 5 + (np.int32,) * 2
+        dtypes = (np.float32,) * 5 + (np.int32,) * 2 + (np.float32,)
         return Transition(*(np.array(c, d) for c, d in zip(columns, dtypes, strict=True))), ended  # pyright: ignore[reportArgumentType]
 
     def close(self) -> None:
