@@ -102,7 +102,10 @@ class Constant(Agent):
     def target_value(self, obs: Any, key: Any) -> Any:
         return jnp.broadcast_to(self.value, (1, *obs.shape[:-1]))
 
-    def update(self, targets: CriticTargets, obs: Any, key: Any) -> Any:
+    def current_policy(self, obs: Any, key: Any) -> Any:
+        raise NotImplementedError
+
+    def update(self, targets: CriticTargets, obs: Any, objective: Any, key: Any) -> Any:
         raise NotImplementedError
 
 
