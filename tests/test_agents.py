@@ -257,6 +257,6 @@ def test_a_horizon_of_zero_trains_the_base_learner_bit_for_bit(name: str, estima
                 step=np.arange(10, dtype=np.int32),
                 log_density=np.zeros(10, f32),
             )
-            state, _ = train.learn(state, rows, np.int32(10), np.int32(0), np.int32(5), recipe)
+            state, _ = train.learn(state, rows, train.Due.of(rows=10, updates=5), recipe)
         results.append(state.agent)
     assert same(*results)

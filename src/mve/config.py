@@ -19,6 +19,7 @@ from mve.dynamics import DynamicsConfig
 from mve.envs.base import EnvConfig
 from mve.envs.host import LARGEST_SEED
 from mve.evaluate import EvaluateConfig
+from mve.imagine import ImaginationConfig
 from mve.presets import DEFAULT_ALGO, PRESETS
 from mve.targets import TargetsConfig
 from mve.types import Count, Json, NonNegative, Positive, UserError
@@ -61,6 +62,7 @@ class Config:
     env: EnvConfig = field(default_factory=EnvConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    imagination: ImaginationConfig = field(default_factory=ImaginationConfig)
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

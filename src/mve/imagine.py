@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from mve.types import Imagined, Key, PolicyFn, StepFn
+from mve.types import Count, Imagined, Key, PolicyFn, Positive, StepFn, Transition, Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImaginationConfig:
+    """The buffer of imagined transitions: how it is filled, and what it is for."""
+
+    starts: Count = 0
+    """Real states, drawn from replay, from which one round of rollouts starts; 0: there is no buffer."""
+    interval_steps: Positive = 20
+    """Environment steps between rounds, the first of which comes as the agent begins to learn."""
+    length: tuple[Positive, Positive] = (1, 1)
+    """Model steps of a rollout, at the beginning and the end of `length_ramp`; whole numbers between."""
+    length_ramp: tuple[Count, Count] = (0, 1)
+    """Environment steps between which the length changes linearly (MBPO's schedule, in steps)."""
+    rounds_kept: Positive = 10
+    """Rounds that the buffer holds; older rows are forgotten."""
+    real_share: Unit = 0.05
+    """Share of the updates' rows that come from replay, the others from the buffer (MBPO: 0.05)."""
+    mixed_by: Literal["row", "update"] = "row"
+    """row: every update gets its share of real rows; update: an update is all real or all imagined."""
+    first_step: Literal["stored", "imagined"] = "stored"
+    """stored: a buffered transition is regressed as it stands. imagined: the buffer gives start states only,
+    and the current policy takes the first step anew (DHMBPO)."""
+
+    @property
+    def capacity(self) -> int:
+        """Rows that the buffer needs."""
+        return self.starts * self.rounds_kept * max(self.length)
 
 
 def rollout(
@@ -40,4 +71,25 @@ def rollout(
         reward=reward,
         continuation=continuation,
         bonus=bonus,
+    )
+
+
+def rollout_length(config: ImaginationConfig, num_env_steps: Int[Array, ""]) -> Int[Array, ""]:
+    """Length of the rollouts that fill the buffer: linear in the environment steps, rounded down.
+
+    Janner et al. 2019 (arXiv 1906.08253), appendix C: x + (e - a) / (b - a) (y - x), kept within [x, y].
+    """
+    (first, last), (begin, end) = config.length, config.length_ramp
+    progress = jnp.clip((num_env_steps - begin) / max(end - begin, 1), 0.0, 1.0)
+    return jnp.floor(first + progress * (last - first)).astype(jnp.int32)
+
+
+def as_transition(imagined: Imagined, start: Transition) -> Transition:
+    """The first imagined step as a transition, under the name of the row that it started from."""
+    return start._replace(
+        obs=imagined.obs[0],
+        action=imagined.action[0],
+        reward=imagined.reward[0],
+        next_obs=imagined.obs[1],
+        continuation=imagined.continuation[0],
     )

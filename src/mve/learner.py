@@ -31,7 +31,7 @@ from mve.envs.host import HostEnv
 from mve.envs.known import never
 from mve.evaluate import Evaluation, evaluate
 from mve.networks import Policy
-from mve.train import Recipe
+from mve.train import Due, Recipe
 from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
 
 EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
@@ -100,6 +100,7 @@ class Learner:
             known=known,
             agent=self.config.agent,
             dynamics=self.config.dynamics,
+            imagination=self.config.imagination,
             targets=self.config.targets,
         )
         self._instance, self._eval_env = instance, eval_env
@@ -236,13 +237,14 @@ class Learner:
         """One block into the state; its metrics, empty before anything is learned."""
         cfg = self.config
         fits = schedule.fits_due(cfg, step) - schedule.fits_due(cfg, before) if self._recipe.uses_model else 0
+        rounds = schedule.rounds_due(cfg, step) - schedule.rounds_due(cfg, before)
         updates = schedule.updates_due(cfg, step) - schedule.updates_due(cfg, before)
         padding = cfg.train.block_steps - (step - before)
         padded: Transition = jax.tree.map(
             lambda x: np.concatenate([x, np.zeros_like(x[:1]).repeat(padding, 0)]), block
         )
-        counts = (np.int32(step - before), np.int32(fits), np.int32(updates))
-        self._state, metrics = train.learn(self._state, padded, *counts, self._recipe)
+        due = Due.of(rows=step - before, fits=fits, rounds=rounds, updates=updates)
+        self._state, metrics = train.learn(self._state, padded, due, self._recipe)
         self._policy = None
         if updates == 0:
             return {}

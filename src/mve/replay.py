@@ -5,7 +5,7 @@ from __future__ import annotations
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from mve.types import Key, Transition
 
@@ -52,9 +52,15 @@ def add(replay: Replay, block: Transition, keep: Bool[Array, " T"]) -> Replay:
     )
 
 
-def sample(replay: Replay, shape: tuple[int, ...], key: Key) -> Transition:
-    """Rows drawn uniformly, with replacement, with leading axes `shape`."""
-    index = jax.random.randint(key, shape, 0, replay.size)
+def sample(
+    replay: Replay, shape: tuple[int, ...], key: Key, newest: Int[Array, ""] | None = None
+) -> Transition:
+    """Rows drawn uniformly, with replacement, with leading axes `shape`; of the `newest` ones if given."""
+    if newest is None:
+        index = jax.random.randint(key, shape, 0, replay.size)
+    else:
+        age = jax.random.randint(key, shape, 0, jnp.minimum(newest, replay.size))
+        index = (replay.position - 1 - age) % replay.capacity
     return jax.tree.map(lambda ring: ring[index], replay.rows)
 
 

@@ -52,6 +52,13 @@ def updates_due(config: Config, step: int) -> int:
     return _due(step, config.train.learning_starts, config.train.updates_per_step)
 
 
+def rounds_due(config: Config, step: int) -> int:
+    """Rounds of rollouts into the imagination buffer owed by a step: one to begin with, so that the first
+    update finds it filled, then one an interval."""
+    since = step - config.train.learning_starts
+    return since // config.imagination.interval_steps + 1 if since > 0 else 0
+
+
 def fits_due(config: Config, step: int) -> int:
     """Minibatches of the model owed by a step: a first burst, then a steady rate."""
     dynamics = config.dynamics

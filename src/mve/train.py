@@ -7,18 +7,20 @@ judge -> remember -> fit -> update_step ...     learn, once per block of real st
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from mve import agents, dynamics, imagine, replay, targets
 from mve.agents import Agent, AgentConfig
 from mve.dynamics import Dynamics, DynamicsConfig
+from mve.imagine import ImaginationConfig
 from mve.networks import Policy
 from mve.replay import Replay
 from mve.targets import TargetsConfig
@@ -40,10 +42,24 @@ class Recipe:
     agent: AgentConfig
     dynamics: DynamicsConfig
     targets: TargetsConfig
+    imagination: ImaginationConfig = field(default_factory=ImaginationConfig)
 
     @property
     def uses_model(self) -> bool:
-        return self.targets.imagined_steps > 0 or self.agent.model_steps > 0
+        return self.targets.imagined_steps > 0 or self.agent.model_steps > 0 or self.imagination.starts > 0
+
+
+class Due(NamedTuple):
+    """How much of everything a block of real steps is followed by."""
+
+    rows: Array  # of the block that are real; the others are padding
+    fits: Array  # minibatches of the model
+    rounds: Array  # of rollouts into the imagination buffer
+    updates: Array  # of the agent
+
+    @classmethod
+    def of(cls, *, rows: int, fits: int = 0, rounds: int = 0, updates: int = 0) -> Due:
+        return cls(*(cast(Array, np.int32(n)) for n in (rows, fits, rounds, updates)))
 
 
 class TrainState(eqx.Module):
@@ -54,7 +70,8 @@ class TrainState(eqx.Module):
     """
 
     replay: Replay
-    model: Dynamics | None  # None where the estimator imagines nothing
+    model: Dynamics | None  # None where nothing is imagined
+    imagined: Replay | None  # None where imagined transitions are not kept
     agent: Agent
     num_env_steps: Array
     key: Key
@@ -62,10 +79,11 @@ class TrainState(eqx.Module):
 
 def init(recipe: Recipe, capacity: int, seed: int) -> TrainState:
     root, model_key, agent_key = jax.random.split(jax.random.key(seed), 3)
-    sizes = recipe.obs_size, recipe.action_size
+    sizes, kept = (recipe.obs_size, recipe.action_size), recipe.imagination.capacity
     return TrainState(
         replay=replay.init(capacity, *sizes),
         model=dynamics.init(recipe.dynamics, recipe.known, *sizes, model_key) if recipe.uses_model else None,
+        imagined=replay.init(kept, *sizes) if kept else None,
         agent=agents.init(recipe.agent, *sizes, agent_key),
         num_env_steps=jnp.int32(0),
         key=root,
@@ -83,7 +101,7 @@ def update_step(state: TrainState, recipe: Recipe, key: Key) -> tuple[Agent, Met
     agent = state.agent
     value_fn = lambda obs: agent.target_value(obs, value_key)  # noqa: E731
 
-    batch = replay.sample(state.replay, (recipe.agent.batch_size,), sample_key)
+    batch = _sample(state, recipe, sample_key)
     imagined = imagine.rollout(
         _target_step(state, recipe),
         agent.target_policy,
@@ -95,6 +113,60 @@ def update_step(state: TrainState, recipe: Recipe, key: Key) -> tuple[Agent, Met
     agent, metrics = agent.update(critic_targets, batch.obs, _objective(state, recipe), agent_key)
 
     return agent, metrics | _target_metrics(critic_targets, recipe)
+
+
+def _sample(state: TrainState, recipe: Recipe, key: Key) -> Transition:
+    """A batch of real transitions or, where imagined ones are kept, its share of both."""
+    size, imagination = recipe.agent.batch_size, recipe.imagination
+    if state.imagined is None:
+        return replay.sample(state.replay, (size,), key)
+    real_key, imagined_key, share_key, step_key = jax.random.split(key, 4)
+    real = replay.sample(state.replay, (size,), real_key)
+    newest = imagine.rollout_length(imagination, state.num_env_steps) * (
+        imagination.starts * imagination.rounds_kept
+    )
+    dreamt = replay.sample(state.imagined, (size,), imagined_key, newest)
+    if imagination.first_step == "imagined":
+        dreamt = _first_step(state, recipe, dreamt, state.agent.target_policy, step_key)
+    if imagination.mixed_by == "row":
+        is_real = jnp.arange(size) < round(imagination.real_share * size)
+    else:
+        is_real = jnp.broadcast_to(jax.random.bernoulli(share_key, imagination.real_share), (size,))
+
+    def choose(a: Array, b: Array) -> Array:
+        return jnp.where(is_real.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, real, dreamt)
+
+
+def _first_step(
+    state: TrainState, recipe: Recipe, rows: Transition, policy: PolicyFn, key: Key
+) -> Transition:
+    """What the policy and the model make of the rows' states: another action, reward and next state."""
+    return imagine.as_transition(imagine.rollout(_model_step(state, recipe), policy, rows.obs, 1, key), rows)
+
+
+def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics]:
+    """One round of rollouts from real states under the policy in training, into the imagination buffer.
+
+    Branched rollouts (Janner et al. 2019, algorithm 2); long ones are the distribution rollouts of Kubo et
+    al. 2025. What follows a predicted termination is not kept.
+    """
+    start_key, rollout_key = jax.random.split(key)
+    assert state.imagined is not None
+    start = replay.sample(state.replay, (recipe.imagination.starts,), start_key)
+    length = imagine.rollout_length(recipe.imagination, state.num_env_steps)
+
+    def step(t: Array, carry: tuple[Replay, Transition, Array]) -> tuple[Replay, Transition, Array]:
+        buffer, rows, alive = carry
+        policy, key = state.agent.current_policy, jax.random.fold_in(rollout_key, t)
+        rows = _first_step(state, recipe, rows, policy, key)
+        buffer = replay.add(buffer, rows, alive)
+        return buffer, rows._replace(obs=rows.next_obs), alive & (rows.continuation > 0)
+
+    everyone = jnp.ones(recipe.imagination.starts, bool)
+    buffer, _, _ = jax.lax.fori_loop(0, length, step, (state.imagined, start, everyone))
+    return buffer, {"imagination/length": length.astype(jnp.float32)}
 
 
 def _start_obs(batch: Transition, recipe: Recipe) -> Array:
@@ -160,32 +232,35 @@ def fit_step(model: Dynamics, memory: Replay, recipe: Recipe, key: Key) -> tuple
 
 
 @partial(jax.jit, static_argnames="recipe", donate_argnames="state")
-def learn(
-    state: TrainState, block: Transition, num_rows: Array, num_fits: Array, num_updates: Array, recipe: Recipe
-) -> tuple[TrainState, Metrics]:
-    """Judge the model on a block of real steps, remember it, then fit and update so many times.
+def learn(state: TrainState, block: Transition, due: Due, recipe: Recipe) -> tuple[TrainState, Metrics]:
+    """Judge the model on a block of real steps, remember it, then fit, imagine and update so many times.
 
     The counts are traced, not static: the block that only remembers, the first fit and the steady state
-    are one compilation. Metrics are means over the updates; `state` is donated.
+    are one compilation. Metrics are means over the repetitions; `state` is donated.
     """
-    fit_key, update_key = jax.random.split(_key_of_step(state, LEARN))
+    fit_key, branch_key, update_key = jax.random.split(_key_of_step(state, LEARN), 3)
     metrics: Metrics = {}
 
     model, memory = state.model, state.replay
     if model is not None:
-        errors = dynamics.open_loop_error(model, block, num_rows, ERROR_DEPTHS)
+        errors = dynamics.open_loop_error(model, block, due.rows, ERROR_DEPTHS)
         metrics |= {f"model/mse_k{k}": error for k, error in errors.items()}
-        model = dynamics.observe(model, block, num_rows, recipe.dynamics)
-    memory = replay.add(memory, block, jnp.arange(block.reward.shape[0]) < num_rows)
+        model = dynamics.observe(model, block, due.rows, recipe.dynamics)
+    memory = replay.add(memory, block, jnp.arange(block.reward.shape[0]) < due.rows)
     if model is not None:
         fit = lambda model, key: fit_step(model, memory, recipe, key)  # noqa: E731
-        model, fit_metrics = _repeat(fit, model, num_fits, fit_key)
+        model, fit_metrics = _repeat(fit, model, due.fits, fit_key)
         metrics |= fit_metrics
     state = replace(state, replay=memory, model=model)
+    if state.imagined is not None:
+        fill = lambda buffer, key: branch(replace(state, imagined=buffer), recipe, key)  # noqa: E731
+        buffer, branch_metrics = _repeat(fill, state.imagined, due.rounds, branch_key)
+        state = replace(state, imagined=buffer)
+        metrics |= branch_metrics | {"imagination/rows": buffer.size.astype(jnp.float32)}
     update = lambda agent, key: update_step(replace(state, agent=agent), recipe, key)  # noqa: E731
-    agent, update_metrics = _repeat(update, state.agent, num_updates, update_key)
+    agent, update_metrics = _repeat(update, state.agent, due.updates, update_key)
 
-    state = replace(state, agent=agent, num_env_steps=state.num_env_steps + num_rows)
+    state = replace(state, agent=agent, num_env_steps=state.num_env_steps + due.rows)
     return state, metrics | update_metrics
 
 
