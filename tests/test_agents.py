@@ -243,7 +243,7 @@ def test_a_horizon_of_zero_trains_the_base_learner_bit_for_bit(name: str, estima
             dynamics=DynamicsConfig(hidden=(16,)),
             targets=TargetsConfig(**settings),  # pyright: ignore
         )
-        state = train.init(recipe, 100, seed=0)
+        state = train.init(recipe, train.Capacity(100), seed=0)
         for block in range(3):
             rng = np.random.default_rng(block)
             f32 = np.float32

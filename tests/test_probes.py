@@ -24,7 +24,7 @@ from mve.dynamics import Dynamics, DynamicsConfig
 from mve.envs.host import HostEnv
 from mve.replay import Replay
 from mve.targets import TargetsConfig
-from mve.train import Recipe, TrainState
+from mve.train import Capacity, Recipe, TrainState
 from mve.types import Known
 
 GAMMA = 0.5
@@ -137,7 +137,7 @@ def experience(probe: str) -> tuple[Replay, Dynamics]:
 
 @cache
 def beginner(agent: str) -> TrainState:
-    return INIT(recipe(agent, "mve"), ROWS, 0)
+    return INIT(recipe(agent, "mve"), Capacity(ROWS), 0)
 
 
 @pytest.mark.parametrize("probe", PROBES)

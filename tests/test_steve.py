@@ -16,7 +16,7 @@ from mve import dynamics, replay, targets, train
 from mve.agents import AGENTS
 from mve.dynamics import Dynamics, DynamicsConfig
 from mve.targets import TargetsConfig
-from mve.train import Recipe
+from mve.train import Capacity, Recipe
 from mve.types import CriticTargets, Imagined, Known, Transition
 
 ESTIMATE = jax.jit(targets.estimate, static_argnums=(2, 3))
@@ -289,7 +289,7 @@ def recipe(agent: str, estimator: str, known: Known, horizon: int = 2) -> Recipe
 )
 def test_every_agent_takes_a_step_towards_steves_targets(agent: str, known: Known, horizon: int) -> None:
     ours = recipe(agent, "steve", known, horizon)
-    state = INIT(ours, 16, 0)
+    state = INIT(ours, Capacity(16), 0)
     memory = replay.add(state.replay, random_rows(16), jnp.ones(16, bool))
     model = model_of(known, random_rows(16)) if horizon else None
     after, metrics = UPDATE(replace(state, replay=memory, model=model), ours, jax.random.key(1))

@@ -31,7 +31,7 @@ from mve.envs.host import HostEnv
 from mve.envs.known import never
 from mve.evaluate import Evaluation, evaluate
 from mve.networks import Policy
-from mve.train import Due, Recipe
+from mve.train import Capacity, Due, Recipe
 from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
 
 EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
@@ -125,13 +125,24 @@ class Learner:
         text = f"{self.spec.name} with {cfg.algo}: {sizes}, {cfg.train.total_steps} steps"
         if not self._recipe.uses_model:
             return f"{text}; no model"
+        uses = {
+            f"H = {cfg.targets.imagined_steps}": cfg.targets.imagined_steps,
+            f"actor through {cfg.agent.model_steps} model steps": cfg.agent.model_steps,
+            f"{cfg.imagination.starts} rollouts every {cfg.imagination.interval_steps} steps": (
+                cfg.imagination.starts
+            ),
+        }
         told = {True: "learned", False: "known"}
         reward, termination = told[known.reward is None], told[known.termination is None]
         termination = "never" if cfg.dynamics.termination == "never" else termination
-        return f"{text}; H = {cfg.targets.imagined_steps}, reward {reward}, termination {termination}"
+        used = ", ".join(what for what, count in uses.items() if count)
+        return f"{text}; {used}, reward {reward}, termination {termination}"
 
-    def _capacity(self) -> int:
-        return min(self.config.replay.capacity, self.config.train.total_steps)
+    def _capacity(self) -> Capacity:
+        """No more than the budget of steps can fill."""
+        total, imagination = self.config.train.total_steps, self.config.imagination
+        most = schedule.rounds_due(self.config, total) * imagination.starts * max(imagination.length)
+        return Capacity(min(self.config.replay.capacity, total), min(imagination.capacity, most))
 
     # Acting
 
@@ -201,8 +212,7 @@ class Learner:
         self._open_folder()
         if not self._quiet:
             print(self.describe(), file=sys.stderr)
-        if self._capacity() > self._state.replay.capacity:
-            self._state = train.grow(self._state, self._capacity())
+        self._state = train.grow(self._state, self._capacity())
         total = self.config.train.total_steps
         log.RunLog.truncate(self.folder, self.num_timesteps)
         records = log.RunLog(self.folder, total, quiet=self._quiet)
@@ -321,6 +331,7 @@ class Learner:
             "num_episodes": self._env.num_episodes,
             "seconds": seconds,
             "replay_rows": self._state.replay.capacity,
+            "imagined_rows": self._state.imagined.capacity if self._state.imagined else 0,
         }
         checkpoint.save(folder / "checkpoints", self._state, facts)
 
@@ -366,7 +377,8 @@ class Learner:
             learner._set_up(built, env or built.env.id, eval_env, reward_fn, termination_fn, quiet)
         learner.folder, learner._fresh = folder, False
         newest = checkpoint.latest(folder / "checkpoints")
-        rows = checkpoint.read_facts(newest).get("replay_rows", 0) if newest else 0
+        held = checkpoint.read_facts(newest) if newest else {}
+        rows = Capacity(held.get("replay_rows", 0), held.get("imagined_rows", 0))
         template = jax.eval_shape(lambda: train.init(learner._recipe, rows, 0))
         state, facts = checkpoint.restore(folder / "checkpoints", template)
         learner._state = jax.tree.map(jnp.asarray, state)

@@ -70,6 +70,37 @@ PRESETS: dict[str, Preset] = {
         "ddpg",
         {"targets.estimator": "mve_tdk", "train.updates_per_step": 4.0},
     ),
+    "mve-ddpg-no-tdk": Preset(
+        "MVE on DDPG without the TD-k trick: real rows alone are regressed",
+        "Feinberg et al. 2018, arXiv 1803.00101, ablation",
+        "ddpg",
+        {"targets.estimator": "mve", "train.updates_per_step": 4.0},
+    ),
+    # The paper's rival: four imagined transitions for each real one, in a buffer of a million, and as many
+    # updates on them, each of actor and critic. Rollouts follow the actor in training, not its slow copy.
+    "ib-ddpg": Preset(
+        "Imagination buffer on DDPG: updates on stored imagined transitions, four for each real one",
+        "Kalweit and Boedecker 2017; the IB baseline of Feinberg et al. 2018, arXiv 1803.00101",
+        "ddpg",
+        {
+            "train.updates_per_step": 20.0,
+            "imagination.starts": 16,
+            "imagination.interval_steps": 20,
+            "imagination.length": [5, 5],
+            "imagination.rounds_kept": 12_500,
+            "imagination.real_share": 0.2,
+            "imagination.mixed_by": "update",
+            "dynamics.termination": "never",
+        },
+    ),
+    # Two model steps before the critic: the paper counts the critic's step too and says H = 3. Ours: the
+    # ensemble in place of a GRU, small networks, and learning from 1000 steps on without a warm-up.
+    "sac-svg": Preset(
+        "SAC whose actor is improved through two steps of the model",
+        "Amos et al. 2021, arXiv 2008.12775",
+        "sac",
+        {"agent.model_steps": 2, "agent.critic_learning_rate": 1e-4, "agent.actor_learning_rate": 1e-4},
+    ),
     "mve-td3": Preset(
         "MVE with the TD-k trick on TD3",
         "Feinberg et al. 2018, on Fujimoto et al. 2018",

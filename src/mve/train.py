@@ -77,22 +77,36 @@ class TrainState(eqx.Module):
     key: Key
 
 
-def init(recipe: Recipe, capacity: int, seed: int) -> TrainState:
+class Capacity(NamedTuple):
+    """Rows that memory is set aside for."""
+
+    replay: int
+    imagined: int = 0
+
+
+def init(recipe: Recipe, capacity: Capacity, seed: int) -> TrainState:
     root, model_key, agent_key = jax.random.split(jax.random.key(seed), 3)
-    sizes, kept = (recipe.obs_size, recipe.action_size), recipe.imagination.capacity
+    sizes, imagines = (recipe.obs_size, recipe.action_size), recipe.imagination.starts > 0
     return TrainState(
-        replay=replay.init(capacity, *sizes),
+        replay=replay.init(capacity.replay, *sizes),
         model=dynamics.init(recipe.dynamics, recipe.known, *sizes, model_key) if recipe.uses_model else None,
-        imagined=replay.init(kept, *sizes) if kept else None,
+        imagined=replay.init(capacity.imagined, *sizes) if imagines else None,
         agent=agents.init(recipe.agent, *sizes, agent_key),
         num_env_steps=jnp.int32(0),
         key=root,
     )
 
 
-def grow(state: TrainState, capacity: int) -> TrainState:
-    """The same state with room for more transitions."""
-    return eqx.tree_at(lambda s: s.replay, state, replay.grow(state.replay, capacity))
+def grow(state: TrainState, capacity: Capacity) -> TrainState:
+    """The same state with room for more transitions, if it has not got it."""
+    state = replace(state, replay=_grown(state.replay, capacity.replay))
+    if state.imagined is None:
+        return state
+    return replace(state, imagined=_grown(state.imagined, capacity.imagined))
+
+
+def _grown(ring: Replay, capacity: int) -> Replay:
+    return replay.grow(ring, capacity) if capacity > ring.capacity else ring
 
 
 def update_step(state: TrainState, recipe: Recipe, key: Key) -> tuple[Agent, Metrics]:
@@ -101,7 +115,7 @@ def update_step(state: TrainState, recipe: Recipe, key: Key) -> tuple[Agent, Met
     agent = state.agent
     value_fn = lambda obs: agent.target_value(obs, value_key)  # noqa: E731
 
-    batch = _sample(state, recipe, sample_key)
+    batch = sample_batch(state, recipe, sample_key)
     imagined = imagine.rollout(
         _target_step(state, recipe),
         agent.target_policy,
@@ -110,12 +124,13 @@ def update_step(state: TrainState, recipe: Recipe, key: Key) -> tuple[Agent, Met
         imagine_key,
     )
     critic_targets = targets.estimate(batch, imagined, value_fn, recipe.targets)
-    agent, metrics = agent.update(critic_targets, batch.obs, _objective(state, recipe), agent_key)
+    objective = actor_objective(_model_step(state, recipe), recipe.agent.model_steps, recipe.targets.discount)
+    agent, metrics = agent.update(critic_targets, batch.obs, objective, agent_key)
 
     return agent, metrics | _target_metrics(critic_targets, recipe)
 
 
-def _sample(state: TrainState, recipe: Recipe, key: Key) -> Transition:
+def sample_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
     """A batch of real transitions or, where imagined ones are kept, its share of both."""
     size, imagination = recipe.agent.batch_size, recipe.imagination
     if state.imagined is None:
@@ -195,10 +210,13 @@ def _target_step(state: TrainState, recipe: Recipe) -> StepFn:
     return lambda obs, action, key: dynamics.member_step(model, recipe.known, recipe.dynamics, obs, action)
 
 
-def _objective(state: TrainState, recipe: Recipe) -> ObjectiveFn:
-    """What the actor is to raise: the critic's value, after `model_steps` of the model (Heess et al. 2015,
-    Amos et al. 2021). The tail of a rollout that ends is cut; gradients pass through policy and model."""
-    steps, discount, step_fn = recipe.agent.model_steps, recipe.targets.discount, _model_step(state, recipe)
+def actor_objective(step_fn: StepFn, steps: int, discount: float) -> ObjectiveFn:
+    """What the actor is to raise: the critic's value, after so many steps of the model.
+
+    J(s_0) = sum_{t<H} D_t (b_t + r_t) + D_H V(s_H), differentiated through policy and model alike (Heess et
+    al. 2015; Amos et al. 2021, arXiv 2008.12775, whose horizon counts the critic's step too, and who divide
+    by it, which Adam does not feel).
+    """
 
     def expanded(policy: PolicyFn, value: ActorValueFn, obs: Array, key: Key) -> tuple[Array, Array]:
         if steps == 0:

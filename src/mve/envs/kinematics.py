@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+SMALLEST_SQUARE = 1e-24  # of a length: the root of 0 has no slope to be differentiated through
+
 # Full float32: a GPU would multiply matrices with ten bits, and a velocity divides by a short dt what two
 # nearly equal positions leave.
 matmul = partial(jnp.matmul, precision="highest")
@@ -70,7 +72,7 @@ def _pose(quaternion: Array, place: Array) -> Array:
 
 
 def norm(vector: Array) -> Array:
-    return jnp.sqrt(jnp.sum(vector**2))
+    return jnp.sqrt(jnp.maximum(jnp.sum(vector**2), SMALLEST_SQUARE))
 
 
 def f32(array: Any) -> Array:

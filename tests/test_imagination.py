@@ -1,0 +1,225 @@
+"""Imagination buffers and the actor's expanded objective: what is kept, for how long, and what it is for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from environments import linear_system
+
+from mve import imagine, replay, schedule, train
+from mve.agents.ddpg import DDPGConfig
+from mve.config import build
+from mve.dynamics import DynamicsConfig
+from mve.imagine import ImaginationConfig
+from mve.replay import Replay
+from mve.targets import TargetsConfig
+from mve.train import Capacity, Recipe, TrainState
+from mve.types import Known, Transition
+
+STARTS, BATCH, ROWS = 6, 40, 16
+BRANCH = jax.jit(train.branch, static_argnums=1)
+SAMPLE = jax.jit(train.sample_batch, static_argnums=1)
+GROW = ImaginationConfig(starts=STARTS, length=(1, 15), length_ramp=(20_000, 150_000))
+LINEAR = linear_system()
+
+
+def recipe(ends_above: float = np.inf, **imagination: object) -> Recipe:
+    """Imagined episodes end where the first observation exceeds a number; rewards are the second one."""
+    known = Known(lambda s, a, n: s[..., 1], lambda s, a, n: n[..., 0] > ends_above)
+    settings: dict = {"starts": STARTS, "length": (3, 3), "rounds_kept": 2, **imagination}
+    return Recipe(
+        obs_size=2,
+        action_size=1,
+        known=known,
+        agent=DDPGConfig(hidden=(8,), batch_size=BATCH),
+        dynamics=DynamicsConfig(hidden=(8,), members=1, stay_in_data=False),
+        targets=TargetsConfig(),
+        imagination=ImaginationConfig(**settings),
+    )
+
+
+def state_of(ours: Recipe) -> TrainState:
+    """Real rows are marked by their reward, -1, and by an action that no policy takes, 2."""
+    state = train.init(ours, Capacity(ROWS, ours.imagination.capacity), seed=0)
+    obs = jax.random.normal(jax.random.key(1), (ROWS, 2))
+    ones = jnp.ones(ROWS)
+    rows = Transition(
+        obs=obs,
+        action=2.0 * ones[:, None],
+        reward=-ones,
+        next_obs=obs,
+        continuation=ones,
+        episode=jnp.zeros(ROWS, jnp.int32),
+        step=jnp.arange(ROWS),
+        log_density=0.0 * ones,
+    )
+    return replace(state, replay=replay.add(state.replay, rows, jnp.ones(ROWS, bool)))
+
+
+def filled(state: TrainState, ours: Recipe, seed: int = 0) -> TrainState:
+    return replace(state, imagined=BRANCH(state, ours, jax.random.key(seed))[0])
+
+
+def rows_of(buffer: Replay | None) -> Transition:
+    assert buffer is not None
+    return jax.tree.map(lambda x: np.asarray(x)[: int(buffer.size)], buffer.rows)
+
+
+def test_a_rollout_grows_as_mbpo_schedules_it() -> None:
+    lengths = [
+        int(imagine.rollout_length(GROW, jnp.int32(step)))
+        for step in (0, 20_000, 29_285, 29_286, 85_000, 149_999, 150_000, 900_000)
+    ]
+    # 1 + 14 (e - 20) / 130 for e in thousands of steps: 2 is reached at e = 20 + 130 / 14 = 29.29.
+    assert lengths == [1, 1, 1, 2, 8, 14, 15, 15]
+
+
+def test_a_branch_is_a_chain_of_model_steps_from_real_states() -> None:
+    ours = recipe()
+    state = state_of(ours)
+    rows = rows_of(filled(state, ours).imagined)
+    obs, next_obs = rows.obs.reshape(3, STARTS, 2), rows.next_obs.reshape(3, STARTS, 2)
+
+    real = {tuple(s) for s in np.asarray(state.replay.rows.obs)}
+    assert {tuple(s) for s in obs[0]} <= real
+    np.testing.assert_array_equal(obs[1:], next_obs[:-1])
+    assert (np.abs(rows.obs - rows.next_obs) > 0).any()
+    np.testing.assert_array_equal(rows.reward, rows.obs[:, 1])
+    action, _ = state.agent.current_policy(jnp.asarray(rows.obs), jax.random.key(0))
+    np.testing.assert_allclose(rows.action, action, atol=1e-6)
+
+
+def test_nothing_that_follows_a_predicted_end_is_kept() -> None:
+    ours = recipe(ends_above=0.5)
+    rows = rows_of(filled(state_of(ours), ours).imagined)
+    over = rows.next_obs[:, 0] > 0.5
+    np.testing.assert_array_equal(rows.continuation, 1.0 - over)
+    assert over.any()
+    assert len(rows.reward) < 3 * STARTS
+    ended = {tuple(s) for s in rows.next_obs[over]}
+    assert not ended & {tuple(s) for s in rows.obs[STARTS:]}  # a start may lie beyond the end; later ones not
+
+
+def test_only_the_newest_rounds_are_sampled() -> None:
+    ours = recipe(length=(1, 1), length_ramp=(0, 1), rounds_kept=1)
+    ours = replace(ours, imagination=replace(ours.imagination, length=(1, 3), length_ramp=(100, 101)))
+    state = state_of(ours)
+    first = filled(state, ours, seed=0)
+    second = filled(first, ours, seed=1)  # both of one step: the buffer has room for three, one round counts
+    newest = {tuple(s) for s in rows_of(second.imagined).next_obs[STARTS:]}
+    batch = SAMPLE(second, ours, jax.random.key(2))
+    imagined = np.asarray(batch.reward) != -1
+    assert {tuple(s) for s in np.asarray(batch.next_obs)[imagined]} <= newest
+
+
+@pytest.mark.parametrize(("share", "real"), [(0.0, 0), (0.05, 2), (0.5, 20), (1.0, 40)])
+def test_every_batch_has_its_share_of_real_rows(share: float, real: int) -> None:
+    ours = recipe(real_share=share)
+    batch = SAMPLE(filled(state_of(ours), ours), ours, jax.random.key(3))
+    np.testing.assert_array_equal(np.asarray(batch.action[:, 0]) == 2.0, np.arange(BATCH) < real)
+
+
+def test_whole_updates_are_real_or_imagined_in_the_given_share() -> None:
+    ours = recipe(real_share=0.2, mixed_by="update")
+    state = filled(state_of(ours), ours)
+    keys = jax.random.split(jax.random.key(4), 200)
+    action = np.asarray(jax.jit(jax.vmap(lambda k: train.sample_batch(state, ours, k).action[:, 0]))(keys))
+    is_real = action == 2.0
+    assert (is_real.all(axis=1) | ~is_real.any(axis=1)).all()
+    assert 0.1 < is_real[:, 0].mean() < 0.3
+
+
+def test_the_policy_takes_the_first_step_anew_from_buffered_states_alone() -> None:
+    ours = recipe(real_share=0.5, first_step="imagined")
+    state = filled(state_of(ours), ours)
+    other = recipe(real_share=0.5)
+    anew, stored = (SAMPLE(state, r, jax.random.key(5)) for r in (ours, other))
+    half = BATCH // 2
+    for a, b in zip(jax.tree.leaves(anew), jax.tree.leaves(stored), strict=True):
+        np.testing.assert_array_equal(a[:half], b[:half])
+    np.testing.assert_array_equal(anew.obs, stored.obs)
+
+    agent = state.agent
+    moved = replace(state, agent=jax.tree.map(lambda x: x + 0.1 if x.dtype == jnp.float32 else x, agent))
+    batch = SAMPLE(moved, ours, jax.random.key(5))
+    expected, _ = moved.agent.target_policy(batch.obs, jax.random.key(0))
+    np.testing.assert_allclose(batch.action[half:], expected[half:], atol=1e-6)
+    assert np.abs(batch.action[half:] - stored.action[half:]).max() > 1e-3
+
+
+def test_the_first_round_comes_with_the_first_update_and_then_one_an_interval() -> None:
+    settings = ["train.learning_starts=1000", "imagination.starts=8", "imagination.interval_steps=250"]
+    config = build("Pendulum-v1", "sac", settings)
+    assert [schedule.rounds_due(config, s) for s in (0, 1000, 1001, 1249, 1250, 1500, 2000)] == [
+        *(0, 0, 1, 1, 2, 3, 5)
+    ]
+
+
+# --- The actor's objective ---
+
+
+def policy_of(gain: jax.Array):
+    return lambda obs, key: (obs @ gain, jnp.full(obs.shape[:-1], 0.25))
+
+
+def linear_step(obs, action, key):
+    gone = jnp.zeros(obs.shape[:-1])
+    return LINEAR.next_obs(obs, action), LINEAR.reward(obs, action), 1.0 - gone
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_an_expanded_objective_adds_the_models_rewards_and_every_bonus_once(steps: int) -> None:
+    """Constant reward 2, bonus 1/4 and tail 8 (own bonus included): sum gamma^t 2.25 + gamma^H 8."""
+    objective = train.actor_objective(
+        lambda obs, action, key: (obs, 2.0 * jnp.ones(obs.shape[:-1]), jnp.ones(obs.shape[:-1])), steps, 0.5
+    )
+    value = lambda obs, key: (jnp.full(obs.shape[:-1], 8.0), jnp.full(obs.shape[:-1], 0.25))  # noqa: E731
+    obs = jnp.ones((3, 2))
+    total, bonus = objective(policy_of(jnp.zeros((2, 1))), value, obs, jax.random.key(0))
+    expected = sum(0.5**t * 2.25 for t in range(steps)) + 0.5**steps * 8.0
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    np.testing.assert_allclose(bonus, 0.25)
+
+
+def test_an_imagined_end_cuts_the_rest_of_the_objective_off() -> None:
+    def step(obs, action, key):
+        return obs + 1.0, jnp.ones(obs.shape[:-1]), (obs[..., 0] < 1.0).astype(jnp.float32)
+
+    value = lambda obs, key: (jnp.full(obs.shape[:-1], 100.0), jnp.zeros(obs.shape[:-1]))  # noqa: E731
+    still = lambda obs, key: (obs[..., :1], jnp.zeros(obs.shape[:-1]))  # noqa: E731
+    total, _ = train.actor_objective(step, 3, 0.5)(still, value, jnp.zeros((1, 2)), jax.random.key(0))
+    np.testing.assert_allclose(total, 1.0 + 0.5 * 1.0)  # two steps, the second of which ends it
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_objectives_gradient_goes_through_model_and_policy(steps: int) -> None:
+    """On the linear system, against finite differences; the tail is the value of a fixed policy."""
+    gain = jnp.asarray(LINEAR.gain, jnp.float32)
+    obs = jax.random.normal(jax.random.key(0), (5, 2))
+    value = lambda obs, key: (LINEAR.value(obs), jnp.zeros(obs.shape[:-1]))  # noqa: E731
+    objective = train.actor_objective(linear_step, steps, LINEAR.discount)
+
+    def total(gain: jax.Array) -> jax.Array:
+        return jnp.mean(objective(policy_of(gain), value, obs, jax.random.key(1))[0])
+
+    gradient = jax.jit(jax.grad(total))(gain)
+    evaluate, h = jax.jit(total), 1e-2
+    for i in range(2):
+        move = jnp.zeros_like(gain).at[i, 0].set(h)
+        difference = (evaluate(gain + move) - evaluate(gain - move)) / (2 * h)
+        np.testing.assert_allclose(gradient[i, 0], difference, rtol=2e-2, atol=2e-3)
+
+
+def test_with_the_exact_model_and_value_the_objective_is_the_value_at_any_depth() -> None:
+    obs = jax.random.normal(jax.random.key(0), (5, 2))
+    value = lambda obs, key: (LINEAR.value(obs), jnp.zeros(obs.shape[:-1]))  # noqa: E731
+    policy = lambda obs, key: (LINEAR.policy(obs).astype(jnp.float32), jnp.zeros(obs.shape[:-1]))  # noqa: E731
+    for steps in (0, 1, 5):
+        total, _ = train.actor_objective(linear_step, steps, LINEAR.discount)(
+            policy, value, obs, jax.random.key(1)
+        )
+        np.testing.assert_allclose(total, LINEAR.value(obs), rtol=1e-4, atol=1e-4)
