@@ -28,6 +28,7 @@ State = TypeVar("State")
 
 LEARN, ACT = 0, 1  # the streams of random draws that start from a run's root key
 ERROR_DEPTHS = (1, 3, 5)  # steps of the open-loop model error that is logged
+WHOLE_ROLLOUT = 2**32 - 1  # folded into a rollout's key for what holds throughout; its steps have 0, 1, ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def update_step(state: TrainState, recipe: Recipe, key: Key) -> tuple[Agent, Met
 
     batch = replay.sample(state.replay, (recipe.agent.batch_size,), sample_key)
     imagined = imagine.rollout(
-        _target_step(state, recipe),
+        _target_step(state, recipe, imagine_key),
         agent.target_policy,
         _start_obs(batch, recipe),
         recipe.targets.imagined_steps,
@@ -104,19 +105,20 @@ def _start_obs(batch: Transition, recipe: Recipe) -> Array:
     return jnp.broadcast_to(batch.next_obs, (recipe.dynamics.members, *batch.next_obs.shape))
 
 
-def _model_step(state: TrainState, recipe: Recipe) -> StepFn:
-    """One imagined step of states (B, S)."""
+def _model_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
+    """One imagined step of states (B, S), for the rollout of that key, which is left to it."""
     model = state.model
     if model is None:  # traced for a rollout of no steps, whose result is empty
         return lambda obs, action, key: (obs, jnp.zeros(obs.shape[:-1]), jnp.zeros(obs.shape[:-1]))
-    return partial(dynamics.step, model, recipe.known, recipe.dynamics)
+    whole = jax.random.fold_in(rollout_key, WHOLE_ROLLOUT)
+    return dynamics.rollout_step(model, recipe.known, recipe.dynamics, whole)
 
 
-def _target_step(state: TrainState, recipe: Recipe) -> StepFn:
+def _target_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
     """As `_model_step`, of states (M, B, S) where the estimator keeps members apart."""
     model = state.model
     if not recipe.targets.keeps_members:
-        return _model_step(state, recipe)
+        return _model_step(state, recipe, rollout_key)
     if model is None:
         nothing = jnp.zeros
         return lambda obs, action, key: (obs, nothing((1, *obs.shape[:-1])), nothing(obs.shape[:-1]))
@@ -126,12 +128,13 @@ def _target_step(state: TrainState, recipe: Recipe) -> StepFn:
 def _objective(state: TrainState, recipe: Recipe) -> ObjectiveFn:
     """What the actor is to raise: the critic's value, after `model_steps` of the model (Heess et al. 2015,
     Amos et al. 2021). The tail of a rollout that ends is cut; gradients pass through policy and model."""
-    steps, discount, step_fn = recipe.agent.model_steps, recipe.targets.discount, _model_step(state, recipe)
+    steps, discount = recipe.agent.model_steps, recipe.targets.discount
 
     def expanded(policy: PolicyFn, value: ActorValueFn, obs: Array, key: Key) -> tuple[Array, Array]:
         if steps == 0:
             return value(obs, key)
         imagine_key, value_key = jax.random.split(key)
+        step_fn = _model_step(state, recipe, imagine_key)
         imagined = imagine.rollout(step_fn, policy, obs, steps, imagine_key)
         tail, _ = value(imagined.obs[-1], value_key)
         reward = imagined.reward + imagined.bonus
@@ -153,12 +156,6 @@ def _target_metrics(critic_targets: targets.CriticTargets, recipe: Recipe) -> Me
     return metrics
 
 
-def fit_step(model: Dynamics, memory: Replay, recipe: Recipe, key: Key) -> tuple[Dynamics, Metrics]:
-    """One gradient step of every member of the model, each on rows of its own."""
-    shape = recipe.dynamics.members, recipe.dynamics.batch_size
-    return dynamics.fit_step(model, replay.sample(memory, shape, key), recipe.dynamics)
-
-
 @partial(jax.jit, static_argnames="recipe", donate_argnames="state")
 def learn(
     state: TrainState, block: Transition, num_rows: Array, num_fits: Array, num_updates: Array, recipe: Recipe
@@ -178,8 +175,8 @@ def learn(
         model = dynamics.observe(model, block, num_rows, recipe.dynamics)
     memory = replay.add(memory, block, jnp.arange(block.reward.shape[0]) < num_rows)
     if model is not None:
-        fit = lambda model, key: fit_step(model, memory, recipe, key)  # noqa: E731
-        model, fit_metrics = _repeat(fit, model, num_fits, fit_key)
+        sample_fn = partial(replay.sample, memory)
+        model, fit_metrics = dynamics.fit(model, sample_fn, recipe.dynamics, num_fits, fit_key)
         metrics |= fit_metrics
     state = replace(state, replay=memory, model=model)
     update = lambda agent, key: update_step(replace(state, agent=agent), recipe, key)  # noqa: E731
