@@ -95,8 +95,7 @@ def fitted() -> Dynamics:
 @jax.jit
 def all_predictions(model: Dynamics, obs: jax.Array, action: jax.Array) -> jax.Array:
     """Next state and reward by every member on every row (M, B, S+1), unclipped."""
-    change = jax.vmap(dynamics._predict, in_axes=(0, None, None, None))(model.net, model, obs, action)
-    change = model.change.unscale(change)
+    change = model.change.unscale(dynamics.predict(model, obs, action, shared=True).mean)
     return change.at[..., : obs.shape[-1]].add(jnp.broadcast_to(obs, (*change.shape[:-1], obs.shape[-1])))
 
 

@@ -174,9 +174,11 @@ def linear_step(obs, action, key):
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_an_expanded_objective_adds_the_models_rewards_and_every_bonus_once(steps: int) -> None:
     """Constant reward 2, bonus 1/4 and tail 8 (own bonus included): sum gamma^t 2.25 + gamma^H 8."""
-    objective = train.actor_objective(
-        lambda obs, action, key: (obs, 2.0 * jnp.ones(obs.shape[:-1]), jnp.ones(obs.shape[:-1])), steps, 0.5
-    )
+
+    def step(obs, action, key):
+        return obs, 2.0 * jnp.ones(obs.shape[:-1]), jnp.ones(obs.shape[:-1])
+
+    objective = train.actor_objective(lambda key: step, steps, 0.5)
     value = lambda obs, key: (jnp.full(obs.shape[:-1], 8.0), jnp.full(obs.shape[:-1], 0.25))  # noqa: E731
     obs = jnp.ones((3, 2))
     total, bonus = objective(policy_of(jnp.zeros((2, 1))), value, obs, jax.random.key(0))
@@ -191,7 +193,9 @@ def test_an_imagined_end_cuts_the_rest_of_the_objective_off() -> None:
 
     value = lambda obs, key: (jnp.full(obs.shape[:-1], 100.0), jnp.zeros(obs.shape[:-1]))  # noqa: E731
     still = lambda obs, key: (obs[..., :1], jnp.zeros(obs.shape[:-1]))  # noqa: E731
-    total, _ = train.actor_objective(step, 3, 0.5)(still, value, jnp.zeros((1, 2)), jax.random.key(0))
+    total, _ = train.actor_objective(lambda key: step, 3, 0.5)(
+        still, value, jnp.zeros((1, 2)), jax.random.key(0)
+    )
     np.testing.assert_allclose(total, 1.0 + 0.5 * 1.0)  # two steps, the second of which ends it
 
 
@@ -201,7 +205,7 @@ def test_the_objectives_gradient_goes_through_model_and_policy(steps: int) -> No
     gain = jnp.asarray(LINEAR.gain, jnp.float32)
     obs = jax.random.normal(jax.random.key(0), (5, 2))
     value = lambda obs, key: (LINEAR.value(obs), jnp.zeros(obs.shape[:-1]))  # noqa: E731
-    objective = train.actor_objective(linear_step, steps, LINEAR.discount)
+    objective = train.actor_objective(lambda key: linear_step, steps, LINEAR.discount)
 
     def total(gain: jax.Array) -> jax.Array:
         return jnp.mean(objective(policy_of(gain), value, obs, jax.random.key(1))[0])
@@ -219,7 +223,7 @@ def test_with_the_exact_model_and_value_the_objective_is_the_value_at_any_depth(
     value = lambda obs, key: (LINEAR.value(obs), jnp.zeros(obs.shape[:-1]))  # noqa: E731
     policy = lambda obs, key: (LINEAR.policy(obs).astype(jnp.float32), jnp.zeros(obs.shape[:-1]))  # noqa: E731
     for steps in (0, 1, 5):
-        total, _ = train.actor_objective(linear_step, steps, LINEAR.discount)(
+        total, _ = train.actor_objective(lambda key: linear_step, steps, LINEAR.discount)(
             policy, value, obs, jax.random.key(1)
         )
         np.testing.assert_allclose(total, LINEAR.value(obs), rtol=1e-4, atol=1e-4)

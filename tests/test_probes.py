@@ -107,11 +107,9 @@ def recipe(agent: str, estimator: str) -> Recipe:
 
 @partial(jax.jit, static_argnames="recipe")
 def fitted(model: Dynamics, memory: Replay, recipe: Recipe) -> Dynamics:
-    def fit(i: jax.Array, model: Dynamics) -> Dynamics:
-        return train.fit_step(model, memory, recipe, jax.random.fold_in(jax.random.key(1), i))[0]
-
     model = dynamics.observe(model, memory.rows, memory.size, recipe.dynamics)
-    return jax.lax.fori_loop(0, FITS, fit, model)
+    sample_fn = partial(replay.sample, memory)
+    return dynamics.fit(model, sample_fn, recipe.dynamics, jnp.int32(FITS), jax.random.key(1))[0]
 
 
 @partial(jax.jit, static_argnames="recipe")

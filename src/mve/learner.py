@@ -233,7 +233,7 @@ class Learner:
             block, ended = self._env.collect(self._acting(before), count)
             recent.extend(ended)
             step += count
-            metrics = self._learn(block, before, step) or metrics
+            metrics = metrics | self._learn(block, before, step)
             elapsed = self._seconds_before + time.perf_counter() - started
             records.progress(step, _progress_fields(self.spec.name, metrics, recent))
             due = schedule.crosses(before, step, interval) or step == total
@@ -244,7 +244,10 @@ class Learner:
                 self._save(self.folder, elapsed)
 
     def _learn(self, block: Transition, before: int, step: int) -> dict[str, float]:
-        """One block into the state; its metrics, empty before anything is learned."""
+        """One block into the state; its metrics, empty before anything is learned.
+
+        A block that fits nothing says nothing of fits: what the last fit said stands.
+        """
         cfg = self.config
         fits = schedule.fits_due(cfg, step) - schedule.fits_due(cfg, before) if self._recipe.uses_model else 0
         rounds = schedule.rounds_due(cfg, step) - schedule.rounds_due(cfg, before)
@@ -261,6 +264,8 @@ class Learner:
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not np.isfinite(numbers["train/critic_loss"]):
             raise UserError(f"training diverged: the critic's loss is not finite at step {step}")
+        if fits == 0:
+            numbers = {k: x for k, x in numbers.items() if np.isfinite(x) or not k.startswith("model/")}
         numbers["train/n_updates"] = float(schedule.updates_due(cfg, step))
         numbers["mve/horizon"] = float(cfg.targets.imagined_steps)
         return numbers

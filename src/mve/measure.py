@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, SupportsFloat
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +22,6 @@ from mve import dynamics, imagine, targets
 from mve.agents import Agent
 from mve.agents.base import action_values
 from mve.dynamics import Dynamics
-from mve.networks import MLP
 from mve.train import Recipe
 from mve.types import Json, Transition
 
@@ -74,8 +72,8 @@ def targets_by_horizon(
     if model is None:
         candidates = state_values(agent, rows.next_obs)[None]
     else:
-        step_fn = partial(dynamics.step, model, recipe.known, recipe.dynamics)
-        key = jax.random.key(DRAWS + 1)
+        key, rollout_key = jax.random.key(DRAWS + 1), jax.random.key(DRAWS + 2)
+        step_fn = dynamics.rollout_step(model, recipe.known, recipe.dynamics, rollout_key)
         imagined = imagine.rollout(step_fn, agent.target_policy, rows.next_obs, deepest, key)
         candidates = targets.candidate_returns(
             imagined.reward + imagined.bonus,
@@ -109,22 +107,22 @@ def open_loop(
     reward_spread: Float[Array, ""],
     deepest: int,
 ) -> OpenLoop:
-    """Roll every member from real states with the logged actions, and compare with what really followed.
+    """Roll every member, without noise, from real states with the logged actions; compare with what followed.
 
     Errors are in units of the two spreads. Where an episode ends before the last depth, rows
     past its end are compared with whatever comes next: the caller leaves them out.
     """
-    members, settings = recipe.dynamics.members, replace(recipe.dynamics, members=1)
+    members, settings = recipe.dynamics.members, replace(recipe.dynamics, sample="none")
 
-    def step(net: MLP, obs: Array, action: Array, key: Array) -> tuple[Array, Array, Array]:
-        alone = eqx.tree_at(lambda m: m.net, model, jax.tree.map(lambda x: x[None], net))
+    def step(member: Array, obs: Array, action: Array, key: Array) -> tuple[Array, Array, Array]:
+        alone = dynamics.only(model, member[None])
         return dynamics.step(alone, recipe.known, settings, obs, action, key)
 
     def deeper(obs: Array, k: Array) -> tuple[Array, OpenLoop]:
         here = jnp.minimum(starts + k, rows.reward.shape[0] - 1)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(DRAWS), k), members)
         next_obs, reward, continuation = jax.vmap(step, in_axes=(0, 0, None, 0))(
-            model.net, obs, rows.action[here], keys
+            jnp.arange(members), obs, rows.action[here], keys
         )
         error = (next_obs - rows.next_obs[here][None]) / obs_spread[None, None]
         apart = jnp.var(error, axis=0, ddof=1 if members > 1 else 0)

@@ -45,6 +45,12 @@ def check(config: Config, uses_model: bool) -> None:
             f"dynamics.learning_starts = {dynamics.learning_starts} is after train.learning_starts = "
             f"{train.learning_starts}: the agent would imagine with a model that was never fitted"
         )
+    first_refit = dynamics.learning_starts + dynamics.interval_steps
+    if uses_model and not dynamics.initial_fits and first_refit > train.learning_starts:
+        raise UserError(
+            f"the model is first fitted at step {first_refit} (dynamics.learning_starts + interval_steps), "
+            f"after train.learning_starts = {train.learning_starts}; set dynamics.initial_fits or start later"
+        )
 
 
 def updates_due(config: Config, step: int) -> int:
@@ -60,10 +66,17 @@ def rounds_due(config: Config, step: int) -> int:
 
 
 def fits_due(config: Config, step: int) -> int:
-    """Minibatches of the model owed by a step: a first burst, then a steady rate."""
+    """Minibatches of the model owed by a step, at most: a first burst, then a steady rate or refits.
+
+    What an early stop leaves undone is forgiven: the next refit owes no more for it.
+    """
     dynamics = config.dynamics
-    steady = _due(step, dynamics.learning_starts, dynamics.fits_per_step)
-    return steady + (dynamics.initial_fits if step > dynamics.learning_starts else 0)
+    if dynamics.interval_steps:
+        refits = max(step - dynamics.learning_starts, 0) // dynamics.interval_steps
+        later = refits * dynamics.fits_per_refit
+    else:
+        later = _due(step, dynamics.learning_starts, dynamics.fits_per_step)
+    return later + (dynamics.initial_fits if step > dynamics.learning_starts else 0)
 
 
 def _due(step: int, starts: int, per_step: float) -> int:

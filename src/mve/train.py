@@ -30,6 +30,7 @@ State = TypeVar("State")
 
 LEARN, ACT = 0, 1  # the streams of random draws that start from a run's root key
 ERROR_DEPTHS = (1, 3, 5)  # steps of the open-loop model error that is logged
+WHOLE_ROLLOUT = 2**32 - 1  # folded into a rollout's key for what holds throughout; its steps have 0, 1, ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +118,15 @@ def update_step(state: TrainState, recipe: Recipe, key: Key) -> tuple[Agent, Met
 
     batch = sample_batch(state, recipe, sample_key)
     imagined = imagine.rollout(
-        _target_step(state, recipe),
+        _target_step(state, recipe, imagine_key),
         agent.target_policy,
         _start_obs(batch, recipe),
         recipe.targets.imagined_steps,
         imagine_key,
     )
     critic_targets = targets.estimate(batch, imagined, value_fn, recipe.targets)
-    objective = actor_objective(_model_step(state, recipe), recipe.agent.model_steps, recipe.targets.discount)
+    step_of = partial(_model_step, state, recipe)
+    objective = actor_objective(step_of, recipe.agent.model_steps, recipe.targets.discount)
     agent, metrics = agent.update(critic_targets, batch.obs, objective, agent_key)
 
     return agent, metrics | _target_metrics(critic_targets, recipe)
@@ -142,7 +144,8 @@ def sample_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
     )
     dreamt = replay.sample(state.imagined, (size,), imagined_key, newest)
     if imagination.first_step == "imagined":
-        dreamt = _first_step(state, recipe, dreamt, state.agent.target_policy, step_key)
+        step_fn = _model_step(state, recipe, step_key)
+        dreamt = _first_step(dreamt, state.agent.target_policy, step_fn, step_key)
     if imagination.mixed_by == "row":
         is_real = jnp.arange(size) < round(imagination.real_share * size)
     else:
@@ -154,11 +157,9 @@ def sample_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
     return jax.tree.map(choose, real, dreamt)
 
 
-def _first_step(
-    state: TrainState, recipe: Recipe, rows: Transition, policy: PolicyFn, key: Key
-) -> Transition:
+def _first_step(rows: Transition, policy: PolicyFn, step_fn: StepFn, key: Key) -> Transition:
     """What the policy and the model make of the rows' states: another action, reward and next state."""
-    return imagine.as_transition(imagine.rollout(_model_step(state, recipe), policy, rows.obs, 1, key), rows)
+    return imagine.as_transition(imagine.rollout(step_fn, policy, rows.obs, 1, key), rows)
 
 
 def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics]:
@@ -171,11 +172,11 @@ def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics
     assert state.imagined is not None
     start = replay.sample(state.replay, (recipe.imagination.starts,), start_key)
     length = imagine.rollout_length(recipe.imagination, state.num_env_steps)
+    policy, step_fn = state.agent.current_policy, _model_step(state, recipe, rollout_key)
 
     def step(t: Array, carry: tuple[Replay, Transition, Array]) -> tuple[Replay, Transition, Array]:
         buffer, rows, alive = carry
-        policy, key = state.agent.current_policy, jax.random.fold_in(rollout_key, t)
-        rows = _first_step(state, recipe, rows, policy, key)
+        rows = _first_step(rows, policy, step_fn, jax.random.fold_in(rollout_key, t))
         buffer = replay.add(buffer, rows, alive)
         return buffer, rows._replace(obs=rows.next_obs), alive & (rows.continuation > 0)
 
@@ -191,38 +192,39 @@ def _start_obs(batch: Transition, recipe: Recipe) -> Array:
     return jnp.broadcast_to(batch.next_obs, (recipe.dynamics.members, *batch.next_obs.shape))
 
 
-def _model_step(state: TrainState, recipe: Recipe) -> StepFn:
-    """One imagined step of states (B, S)."""
+def _model_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
+    """One imagined step of states (B, S), for the rollout of that key, which is left to it."""
     model = state.model
     if model is None:  # traced for a rollout of no steps, whose result is empty
         return lambda obs, action, key: (obs, jnp.zeros(obs.shape[:-1]), jnp.zeros(obs.shape[:-1]))
-    return partial(dynamics.step, model, recipe.known, recipe.dynamics)
+    whole = jax.random.fold_in(rollout_key, WHOLE_ROLLOUT)
+    return dynamics.rollout_step(model, recipe.known, recipe.dynamics, whole)
 
 
-def _target_step(state: TrainState, recipe: Recipe) -> StepFn:
+def _target_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
     """As `_model_step`, of states (M, B, S) where the estimator keeps members apart."""
     model = state.model
     if not recipe.targets.keeps_members:
-        return _model_step(state, recipe)
+        return _model_step(state, recipe, rollout_key)
     if model is None:
         nothing = jnp.zeros
         return lambda obs, action, key: (obs, nothing((1, *obs.shape[:-1])), nothing(obs.shape[:-1]))
     return lambda obs, action, key: dynamics.member_step(model, recipe.known, recipe.dynamics, obs, action)
 
 
-def actor_objective(step_fn: StepFn, steps: int, discount: float) -> ObjectiveFn:
+def actor_objective(step_of: Callable[[Key], StepFn], steps: int, discount: float) -> ObjectiveFn:
     """What the actor is to raise: the critic's value, after so many steps of the model.
 
     J(s_0) = sum_{t<H} D_t (b_t + r_t) + D_H V(s_H), differentiated through policy and model alike (Heess et
     al. 2015; Amos et al. 2021, arXiv 2008.12775, whose horizon counts the critic's step too, and who divide
-    by it, which Adam does not feel).
+    by it, which Adam does not feel). `step_of` gives the model's step for the rollout of a key.
     """
 
     def expanded(policy: PolicyFn, value: ActorValueFn, obs: Array, key: Key) -> tuple[Array, Array]:
         if steps == 0:
             return value(obs, key)
         imagine_key, value_key = jax.random.split(key)
-        imagined = imagine.rollout(step_fn, policy, obs, steps, imagine_key)
+        imagined = imagine.rollout(step_of(imagine_key), policy, obs, steps, imagine_key)
         tail, _ = value(imagined.obs[-1], value_key)
         reward = imagined.reward + imagined.bonus
         return targets.returns_to_go(reward, discount * imagined.continuation, tail)[0], imagined.bonus[0]
@@ -243,12 +245,6 @@ def _target_metrics(critic_targets: targets.CriticTargets, recipe: Recipe) -> Me
     return metrics
 
 
-def fit_step(model: Dynamics, memory: Replay, recipe: Recipe, key: Key) -> tuple[Dynamics, Metrics]:
-    """One gradient step of every member of the model, each on rows of its own."""
-    shape = recipe.dynamics.members, recipe.dynamics.batch_size
-    return dynamics.fit_step(model, replay.sample(memory, shape, key), recipe.dynamics)
-
-
 @partial(jax.jit, static_argnames="recipe", donate_argnames="state")
 def learn(state: TrainState, block: Transition, due: Due, recipe: Recipe) -> tuple[TrainState, Metrics]:
     """Judge the model on a block of real steps, remember it, then fit, imagine and update so many times.
@@ -266,8 +262,8 @@ def learn(state: TrainState, block: Transition, due: Due, recipe: Recipe) -> tup
         model = dynamics.observe(model, block, due.rows, recipe.dynamics)
     memory = replay.add(memory, block, jnp.arange(block.reward.shape[0]) < due.rows)
     if model is not None:
-        fit = lambda model, key: fit_step(model, memory, recipe, key)  # noqa: E731
-        model, fit_metrics = _repeat(fit, model, due.fits, fit_key)
+        sample_fn = partial(replay.sample, memory)
+        model, fit_metrics = dynamics.fit(model, sample_fn, recipe.dynamics, due.fits, fit_key)
         metrics |= fit_metrics
     state = replace(state, replay=memory, model=model)
     if state.imagined is not None:

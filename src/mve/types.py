@@ -36,6 +36,9 @@ ValueFn: TypeAlias = Callable[[Array], Array]  # obs (*batch, S) -> one value pe
 ActorValueFn: TypeAlias = Callable[[Array, Key], tuple[Array, Array]]
 ObjectiveFn: TypeAlias = Callable[[PolicyFn, ActorValueFn, Array, Key], tuple[Array, Array]]
 
+# What a fit is given: rows drawn from the replay, with leading axes of this shape.
+SampleFn: TypeAlias = Callable[[tuple[int, ...], Key], "Transition"]
+
 
 class Transition(NamedTuple):
     """What one environment step leaves behind; also a batch of them."""

@@ -1,0 +1,134 @@
+"""Imagined steps: which member answers for which row, and what becomes of its answer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mve.dynamics.ensemble import Dynamics, Prediction, num_members, only, predict, termination_logit
+from mve.dynamics.settings import DynamicsConfig
+from mve.types import Key, Known, StepFn
+
+MANY = 2**30  # of offsets, so that the remainder by a batch's rows is as good as uniform
+
+
+def rollout_step(model: Dynamics, known: Known, config: DynamicsConfig, key: Key) -> StepFn:
+    """`step` for all steps of one rollout: under TS-infinity every row keeps the member it is dealt here.
+
+    Under TS-1 `key` is not used: each step deals anew, with its own key.
+    """
+    if model.elites is not None:  # picked out once, not at every step
+        model = only(model, model.elites)
+    offset = jax.random.randint(key, (), 0, MANY) if config.trajectory == "tsinf" else None
+    return partial(step, model, known, config, offset=offset)
+
+
+def step(
+    model: Dynamics,
+    known: Known,
+    config: DynamicsConfig,
+    obs: Array,
+    action: Array,
+    key: Key,
+    *,
+    offset: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """One imagined step of a batch (B, S): next state, reward, continuation.
+
+    Each row is served by one member, an elite if there are any. The rows are rotated by an offset and
+    dealt to the members in equal blocks, so that a step costs one member's work per row, not M. The
+    offset is drawn anew at every step (TS-1 of Chua et al. 2018), unless it is given (TS-infinity).
+    """
+    if model.elites is not None:
+        model = only(model, model.elites)
+    noise_key = key
+    if config.sample != "none":
+        key, noise_key = jax.random.split(key)
+    rows = obs.shape[0]
+    if num_members(model) == 1:
+        start = jnp.int32(0)
+    elif offset is not None:
+        start = offset % rows
+    else:
+        start = jax.random.randint(key, (), 0, rows)
+    predicted = _dealt(model, obs, action, start)
+    change = predicted.mean
+    if config.sample != "none":
+        change = change + _noise(predicted, config, obs.shape[-1], noise_key)
+    return _finish_step(model, known, config, obs, action, model.change.unscale(change))
+
+
+def _dealt(model: Dynamics, obs: Array, action: Array, start: Array) -> Prediction:
+    """One member's prediction for every row (B, O), in blocks of neighbours from row `start` on."""
+    members, rows = num_members(model), obs.shape[0]
+    block = -(-rows // members)
+    # Padded to a whole number of blocks; the copies at the end are dropped again.
+    order = (jnp.arange(block * members) + start) % rows
+
+    def deal(x: Array) -> Array:
+        return x[order].reshape(members, block, x.shape[-1])
+
+    def collect(x: Array) -> Array:
+        return x.reshape(block * members, -1)[(jnp.arange(rows) - start) % rows]
+
+    return jax.tree.map(collect, predict(model, deal(obs), deal(action)))
+
+
+def _noise(predicted: Prediction, config: DynamicsConfig, obs_size: int, key: Key) -> Float[Array, " B O"]:
+    """A draw of the scaled change's noise: std times a standard normal, so that gradients reach the std."""
+    assert predicted.log_var is not None  # refused by the settings
+    draw = jnp.exp(0.5 * predicted.log_var) * jax.random.normal(key, predicted.mean.shape)
+    if config.sample == "state_and_reward":
+        return draw
+    is_state = jnp.arange(draw.shape[-1]) < obs_size
+    return jnp.where(jnp.broadcast_to(is_state, draw.shape), draw, 0.0)
+
+
+def member_step(
+    model: Dynamics, known: Known, config: DynamicsConfig, obs: Array, action: Array
+) -> tuple[Array, Array, Array]:
+    """One imagined step of states (M, B, S), of which member m always moves its own (TS-infinity).
+
+    Next state (M, B, S), continuation (M, B), and the reward of every step in every member's opinion
+    (R, M, B), as STEVE wants it: R = M where the reward is learned, 1 where it is known. Rewards come
+    from the nets that predict the change, so the former costs M nets per state where STEVE has small
+    nets of their own for it; there is one termination net, where STEVE has one per member.
+
+    All members answer, elites or not, with their means: what is asked for is how far they disagree, which
+    neither a selection nor the noise of the world may change.
+    """
+    if known.reward is not None:
+        change = model.change.unscale(predict(model, obs, action).mean)
+        next_obs, reward, continuation = _finish_step(model, known, config, obs, action, change)
+        return next_obs, reward[None], continuation
+    opinions = model.change.unscale(predict(model, obs, action, shared=True).mean)  # (R, M, B, S+1)
+    member = jnp.arange(config.members)
+    next_obs, _, continuation = _finish_step(model, known, config, obs, action, opinions[member, member])
+    return next_obs, _learned_reward(model, config, opinions), continuation
+
+
+def _finish_step(
+    model: Dynamics, known: Known, config: DynamicsConfig, obs: Array, action: Array, change: Array
+) -> tuple[Array, Array, Array]:
+    """From a predicted change to next state, reward and continuation, known functions first."""
+    next_obs = obs + change[..., : obs.shape[-1]]
+    if config.stay_in_data:
+        next_obs = model.obs.clip(next_obs)
+    if known.reward is not None:
+        reward = known.reward(obs, action, next_obs)
+    else:
+        reward = _learned_reward(model, config, change)
+    if known.termination is not None:
+        terminated = known.termination(obs, action, next_obs)
+    else:
+        assert model.termination_net is not None
+        # A hard threshold: a probability multiplied over the horizon decays for healthy states as well.
+        terminated = termination_logit(model.termination_net, model, obs, action, next_obs) > 0.0
+    return next_obs, reward, 1.0 - terminated.astype(jnp.float32)
+
+
+def _learned_reward(model: Dynamics, config: DynamicsConfig, change: Array) -> Array:
+    return (model.change.clip(change) if config.stay_in_data else change)[..., -1]
