@@ -285,5 +285,6 @@ class EpsilonGreedy(Policy):
     def log_density(self, obs: Any, action: Any) -> Any:
         """log((1 - epsilon) [a is greedy] + epsilon / A) of one-hot actions (*batch, A)."""
         xp, values = array_module(obs), self._values(obs)
-        greedy = xp.argmax(values, axis=-1) == xp.argmax(action, axis=-1)
-        return xp.log((1.0 - self.epsilon) * greedy + self.epsilon / values.shape[-1])
+        is_greedy = xp.argmax(values, axis=-1) == xp.argmax(action, axis=-1)
+        random = self.epsilon / values.shape[-1]
+        return xp.log(xp.where(is_greedy, 1.0 - self.epsilon + random, random))

@@ -122,7 +122,7 @@ def _inverted_double_pendulum(env: Any, version: int) -> Known:
 
 
 def _cart_pole(env: Any, _: int) -> Known:
-    """Ends when |x'| or |θ'| is beyond its threshold. r = 1; Sutton and Barto's form: 0, and -1 at the end."""
+    """Ends when |x'| or |θ'| is beyond its threshold. r = 1; Sutton and Barto's form: 0, -1 at the end."""
     PLACE, ANGLE = 0, 2
     furthest, steepest = float(env.x_threshold), float(env.theta_threshold_radians)
 
