@@ -16,7 +16,7 @@ import msgspec
 
 from mve.agents import AGENTS, AgentConfig
 from mve.dynamics import DynamicsConfig
-from mve.envs.base import EnvConfig
+from mve.envs.base import EnvConfig, EnvSpec
 from mve.envs.host import LARGEST_SEED
 from mve.evaluate import EvaluateConfig
 from mve.presets import DEFAULT_ALGO, PRESETS
@@ -76,15 +76,15 @@ def task(env_id: str, algo: str | None = None, assignments: Sequence[str] = ()) 
     return _section("env", EnvConfig, _plain(env_id, algo or DEFAULT_ALGO, assignments, 0)["env"])
 
 
-def check_actions(config: Config, name: str, discrete: bool, action_size: int) -> None:
+def check_actions(config: Config, spec: EnvSpec) -> None:
     """Refuse an algorithm that is not for the task's kind of actions."""
-    if AGENTS[config.learner][1].discrete == discrete:
+    if AGENTS[config.learner][1].discrete == spec.discrete:
         return
-    fitting = [algo for algo, preset in PRESETS.items() if AGENTS[preset.learner][1].discrete == discrete]
-    kind = "discrete" if discrete else "continuous"
+    fitting = [name for name, p in PRESETS.items() if AGENTS[p.learner][1].discrete == spec.discrete]
+    kind = f"{'discrete' if spec.discrete else 'continuous'} action{'s' * (spec.action_size != 1)}"
     raise UserError(
-        f"{name} has {action_size} {kind} action{'s' * (action_size != 1)}, which {config.algo} is not for; "
-        f"use --algo {', '.join(fitting)}"
+        f"{spec.name} has {spec.action_size} {kind}, which {config.algo} is not for; "
+        f"use --algo {' or '.join(fitting)}"
     )
 
 

@@ -47,7 +47,8 @@ class Learner:
 
     `env` is an id or an environment; `algo` one of `mve list`; `settings` are `section.field=value`.
     `reward_fn` and `termination_fn` are JAX functions (obs, action, next_obs), any leading axes, in the
-    environment's own units; without them the model learns both. An instance is copied for evaluation
+    environment's own units (a discrete action is an integer array without a last axis); without them the
+    model learns both. An instance is copied for evaluation
     unless `eval_env` is given. Nothing is written before `learn` or `save`.
     """
 
@@ -94,7 +95,7 @@ class Learner:
             termination_fn=termination_fn,
         )
         self.spec: EnvSpec = self._env.spec
-        config.check_actions(built, self.spec.name, self.spec.discrete, self.spec.action_size)
+        config.check_actions(built, self.spec)
         self.config = schedule.with_budgets(built, self.spec.max_episode_steps)
         known = _known(self.config.dynamics, self.spec, self.config.env.id)
         self._recipe = Recipe(
