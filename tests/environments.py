@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 from scipy.linalg import solve_discrete_lyapunov
 
 REALS = Box(-np.inf, np.inf, (2,), np.float32)
@@ -59,7 +59,7 @@ class Probe(gym.Env):
     """
 
     observation_space = Box(-np.inf, np.inf, (1,), np.float32)
-    action_space = Box(-1.0, 1.0, (1,))
+    action_space: gym.Space = Box(-1.0, 1.0, (1,))
 
     def __init__(
         self,
@@ -83,6 +83,15 @@ class Probe(gym.Env):
         self.obs, over = float(self.count), self.count == self.num_steps
         terminated, truncated = over and not self.truncated, over and self.truncated
         return np.array([self.obs], np.float32), reward, terminated, truncated, {}
+
+
+class DiscreteProbe(Probe):
+    """The same where the action is 0 or 1."""
+
+    action_space = Discrete(2)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return super().step(np.array([action]))
 
 
 class LinearSystem(NamedTuple):

@@ -12,12 +12,14 @@ from mve import agents, train
 from mve.agents import AGENTS, Agent, AgentConfig
 from mve.agents.base import action_values, critic_loss, polyak
 from mve.agents.ddpg import DDPG, adapted_noise_scale, perturb
+from mve.agents.dqn import DQN, DQNConfig
 from mve.agents.sac import SAC
 from mve.agents.td3 import TD3
+from mve.config import build
 from mve.dynamics import DynamicsConfig
-from mve.networks import MLP, GaussianActor
+from mve.networks import MLP, EpsilonGreedy, GaussianActor
 from mve.targets import TargetsConfig
-from mve.types import CriticTargets, Known, Transition
+from mve.types import CriticTargets, Known, Transition, UserError
 
 OBS, ACTION, ROWS = 3, 2, 8
 NAMES = sorted(AGENTS)
@@ -31,11 +33,12 @@ def fresh(name: str, **settings: object) -> Agent:
     return agents.init(config(name, **settings), OBS, ACTION, jax.random.key(0))
 
 
-def some_targets() -> CriticTargets:
+def some_targets(discrete: bool = False) -> CriticTargets:
     keys = jax.random.split(jax.random.key(1), 3)
+    action = jax.random.normal(keys[1], (ROWS, ACTION))
     return CriticTargets(
         obs=jax.random.normal(keys[0], (ROWS, OBS)),
-        action=jnp.tanh(jax.random.normal(keys[1], (ROWS, ACTION))),
+        action=jax.nn.one_hot(jnp.argmax(action, axis=-1), ACTION) if discrete else jnp.tanh(action),
         value=jax.random.normal(keys[2], (ROWS,)),
         weight=jnp.full(ROWS, 1.0 / ROWS),
     )
@@ -52,7 +55,7 @@ def update(agent: Agent, rows: CriticTargets, key: jax.Array) -> Agent:
 
 def updated(agent: Agent, times: int = 1) -> Agent:
     for i in range(times):
-        agent = update(agent, some_targets(), jax.random.key(10 + i))
+        agent = update(agent, some_targets(agent.discrete), jax.random.key(10 + i))
     return agent
 
 
@@ -72,7 +75,8 @@ def test_two_seeds_give_different_networks(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_critics_of_one_agent_start_apart(name: str) -> None:
-    q = action_values(fresh(name, critics=3).critic, *some_targets()[:2])  # pyright: ignore
+    agent = fresh(name, critics=3)
+    q = agent.action_values(*some_targets(agent.discrete)[:2])
     assert q.shape == (3, ROWS)
     assert float(jnp.min(jnp.std(q, axis=0))) > 0
 
@@ -90,10 +94,12 @@ def test_the_policy_on_the_host_is_the_policy_on_the_device(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_update_lowers_the_loss_on_its_own_rows(name: str) -> None:
-    agent = fresh(name)
-    before, _ = critic_loss(agent.critic, some_targets())  # pyright: ignore
-    after, _ = critic_loss(updated(agent, 20).critic, some_targets())  # pyright: ignore
-    assert after < before
+    def loss(agent: Agent) -> jax.Array:
+        rows = some_targets(agent.discrete)
+        value = agent.action_values(rows.obs, rows.action)
+        return jnp.mean(jnp.square(value - jnp.broadcast_to(rows.value, value.shape)))
+
+    assert loss(updated(fresh(name), 20)) < loss(fresh(name))
 
 
 def test_the_critic_loss_is_a_weighted_sum_of_squares_over_critics_by_hand() -> None:
@@ -227,6 +233,87 @@ def test_the_temperature_rises_while_entropy_is_below_its_target(target_entropy:
     assert (end.log_temperature > start.log_temperature) == rises
 
 
+# --- DQN ---
+
+
+def constant_values(*critics: list[float]) -> MLP:
+    """Q_n(s, a) as listed, whatever the state."""
+    shape = MLP(OBS, len(critics[0]), (), key=jax.random.key(0))
+    zeros = jax.tree.map(lambda x: jnp.zeros((len(critics), *x.shape)), shape)
+    return eqx.tree_at(lambda m: m.layers[0].bias, zeros, jnp.array(critics))
+
+
+def saying(current: list[list[float]], slow: list[list[float]], **settings: object) -> DQN:
+    bare = DQNConfig(hidden=(), layer_norm=False, critics=len(current), **settings)  # pyright: ignore
+    agent = DQN.init(bare, OBS, len(current[0]), jax.random.key(0))
+    networks = constant_values(*current), constant_values(*slow)
+    return eqx.tree_at(lambda a: (a.critic, a.target_critic), agent, networks)
+
+
+@pytest.mark.parametrize(("double", "action", "value"), [(True, 1, 3.0), (False, 2, 9.0)])
+def test_dqn_values_the_current_critics_choice_or_the_slow_ones_own(
+    double: bool, action: int, value: float
+) -> None:
+    agent = saying([[1.0, 2.0, 0.0]], [[5.0, 3.0, 9.0]], double=double)
+    obs = jnp.zeros((2, OBS))
+    chosen, bonus = agent.target_policy(obs, jax.random.key(0))
+    np.testing.assert_array_equal(chosen, np.eye(3)[[action, action]])
+    np.testing.assert_array_equal(bonus, 0.0)
+    np.testing.assert_array_equal(agent.target_value(obs, jax.random.key(0)), [[value, value]])
+    np.testing.assert_array_equal(agent.current_policy(obs, jax.random.key(0))[0][0], [0.0, 1.0, 0.0])
+
+
+def test_dqn_chooses_by_the_least_of_its_critics() -> None:
+    agent = saying([[9.0, 2.0, 0.0], [0.0, 1.0, 9.0]], [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    obs = jnp.zeros((4, OBS))
+    np.testing.assert_array_equal(agent.target_policy(obs, jax.random.key(0))[0], np.eye(3)[[1] * 4])
+    np.testing.assert_array_equal(agent.target_value(obs, jax.random.key(0)), [[2.0] * 4, [5.0] * 4])
+    np.testing.assert_array_equal(agent.policy()(obs, jnp.zeros((4, 3))), np.eye(3)[[1] * 4])
+
+
+def test_dqn_trains_the_value_of_the_action_that_was_taken_only() -> None:
+    agent = saying([[1.0, 2.0]], [[1.0, 2.0]])
+    rows = CriticTargets(jnp.zeros((1, OBS)), jnp.array([[0.0, 1.0]]), jnp.array([5.0]), jnp.array([0.5]))
+    np.testing.assert_allclose(agent.action_values(rows.obs, rows.action), [[2.0]])
+    after, metrics = agent.update(rows, rows.obs, lambda *_: pytest.fail("asked"), jax.random.key(0))
+    np.testing.assert_allclose(metrics["train/critic_loss"], 0.5 * 9.0)
+    # Adam's first step is its learning rate; the slow copy takes its share of that.
+    np.testing.assert_allclose(after.critic.layers[0].bias[0], [1.0, 2.0 + 1e-3], rtol=1e-6)
+    assert isinstance(after, DQN)
+    np.testing.assert_allclose(after.target_critic.layers[0].bias[0], [1.0, 2.0 + 0.005 * 1e-3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("updates", "epsilon"), [(0, 0.9), (5, 0.5), (10, 0.1), (1000, 0.1)])
+def test_epsilon_falls_linearly_in_the_updates_and_then_stays(updates: int, epsilon: float) -> None:
+    agent = fresh("dqn", epsilon_start=0.9, epsilon_end=0.1, epsilon_updates=10)
+    agent = eqx.tree_at(lambda a: a.num_updates, agent, jnp.int32(updates))
+    policy = agent.exploration_policy(jax.random.key(0))
+    assert isinstance(policy, EpsilonGreedy)
+    np.testing.assert_allclose(policy.epsilon, epsilon, rtol=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 0.95, 1.0])
+def test_epsilon_greedy_draws_each_action_with_its_probability(epsilon: float) -> None:
+    policy = EpsilonGreedy.of(constant_values([1.0, 3.0, 2.0]), jnp.float32(epsilon))
+    on_host = jax.tree.map(np.array, policy)
+    count, rng = 40_000, np.random.default_rng(0)
+    obs, noise = np.zeros((count, OBS), np.float32), rng.standard_normal((count, 3), np.float32)
+    action = on_host(obs, noise)
+    expected = np.full(3, epsilon / 3) + np.array([0.0, 1.0 - epsilon, 0.0])
+    np.testing.assert_allclose(action.mean(axis=0), expected, atol=0.012)  # five standard errors
+    np.testing.assert_array_equal(policy(jnp.array(obs), jnp.array(noise)), action)
+    np.testing.assert_array_equal(on_host(obs[:5], 0.0 * noise[:5]), np.eye(3)[[1] * 5])  # no noise: greedy
+    if epsilon > 0:
+        density = on_host.log_density(obs[:3], np.eye(3, dtype=np.float32))
+        np.testing.assert_allclose(np.exp(density), expected, rtol=1e-5)
+        np.testing.assert_allclose(policy.log_density(jnp.array(obs[:3]), jnp.eye(3)), density, rtol=1e-5)
+
+
+def test_dqn_has_no_actor_to_differentiate_through_the_model() -> None:
+    with pytest.raises(UserError, match=r"agent\.model_steps = 3: dqn has no actor"):
+        build("CartPole-v1", "dqn", ["agent.model_steps=3"])
+
+
 # --- H = 0 ---
 
 
@@ -247,9 +334,12 @@ def test_a_horizon_of_zero_trains_the_base_learner_bit_for_bit(name: str, estima
         for block in range(3):
             rng = np.random.default_rng(block)
             f32 = np.float32
+            action = rng.uniform(-1, 1, (10, ACTION)).astype(f32)
+            if AGENTS[name][1].discrete:
+                action = np.eye(ACTION, dtype=f32)[action.argmax(axis=1)]
             rows = Transition(
                 obs=rng.normal(size=(10, OBS)).astype(f32),
-                action=rng.uniform(-1, 1, (10, ACTION)).astype(f32),
+                action=action,
                 reward=rng.normal(size=10).astype(f32),
                 next_obs=rng.normal(size=(10, OBS)).astype(f32),
                 continuation=np.ones(10, f32),

@@ -132,7 +132,9 @@ def test_what_tyro_says_is_one_line_in_any_encoding() -> None:
     [
         ("train Pendulum-v11", ["Pendulum-v11", "Pendulum-v1"]),
         ("train Pendulm-v1", ["unknown environment 'Pendulm-v1'", "nearest: Pendulum-v1"]),
-        ("train CartPole-v1", ["CartPole-v1", "action space"]),
+        ("train CartPole-v1 --algo sac", ["CartPole-v1 has 2 discrete actions", "use --algo dqn or mve-dqn"]),
+        ("train Pendulum-v1 --algo dqn", ["Pendulum-v1 has 1 continuous action, ", "use --algo ddpg or td3"]),
+        ("train FrozenLake-v1", ["FrozenLake-v1", "observation space"]),
         ("train Pendulum-v1 --algo mve-sca", ["unknown algorithm 'mve-sca'", "nearest: mve-sac"]),
         ("train Pendulum-v1 --set dynamics.membres=3", ["dynamics.membres", "nearest: members"]),
         ("train Pendulum-v1 --set dynamics.members=lots", ["dynamics.members", "lots"]),
@@ -300,6 +302,40 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert "Traceback" not in err
     assert "mve resume run" in err
     assert main(["resume", "run", "--steps", "20", "--quiet"]) == 0
+
+
+# Discrete actions
+
+
+def test_every_command_works_on_a_task_with_discrete_actions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "CartPole-v1", "--run-dir", "run", "--steps", "240", "--set", *TINY]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("CartPole-v1 with mve-dqn: 4 observations, 2 discrete actions, 240 steps; H = 2")
+    assert out.startswith("evaluation   ")
+    assert main(["eval", "run", "--episodes", "3", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["returns"] == facts["lengths"]  # a reward of 1 for each step
+    assert main(["resume", "run", "--steps", "40", "--quiet"]) == 0
+    assert main(["plot", "run", "--output", "curve.png"]) == 0
+    assert main(["diagnose", "run", "--episodes", "2"]) == 0
+    assert Path("run/diagnosis/diagnosis.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_functions_of_a_discrete_action_are_checked_with_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "CartPole-v1", "--steps", "300"]) == 0
+    assert "agrees with every reward observed" in capsys.readouterr().out
+    Path("mine.py").write_text(
+        "def reward(obs, action, next_obs):\n    return (action == 1).astype('float32')\n"
+    )
+    assert main(["check", "CartPole-v1", "--steps", "300", "--reward", "mine.py:reward", "--json"]) == 1
+    [score] = json.loads(capsys.readouterr().out)["scores"]
+    assert [row["action"] for row in score["worst"]] == [0] * 5  # where it says 0 and 1 is paid
 
 
 # Pictures, lists and the doctor

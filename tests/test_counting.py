@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from environments import Counting
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 
 from mve import replay
 from mve.envs import host
@@ -186,13 +186,63 @@ def test_known_functions_are_given_actions_in_the_environments_own_units() -> No
     np.testing.assert_array_equal(env.spec.known.termination(obs, action, obs), [False, False, True])
 
 
+CHOICES = Discrete(4, start=3)
+
+
+def test_a_one_hot_action_reaches_the_environment_as_its_own_number() -> None:
+    env = Counting(LENGTHS, action_space=CHOICES)
+    block, _ = HostEnv(env, seed=0).collect(lambda obs: np.eye(4)[int(obs[0]) % 4], 20)
+    assert_is_counting(block)
+    assert env.actions == [3 + int(count) % 4 for count in block.obs[:, 0]]
+    assert all(CHOICES.contains(action) for action in env.actions)
+    # What the agent meant is what is remembered.
+    np.testing.assert_array_equal(block.action, np.eye(4, dtype=np.float32)[block.obs[:, 0].astype(int) % 4])
+    assert block.action.dtype == np.float32
+
+
+def test_an_environment_says_whether_its_actions_are_a_choice() -> None:
+    discrete, continuous = (HostEnv(Counting(action_space=s), seed=0).spec for s in (CHOICES, LOPSIDED))
+    assert (discrete.discrete, discrete.action_size) == (True, 4)
+    assert (continuous.discrete, continuous.action_size) == (False, 2)
+
+
+def test_known_functions_of_a_choice_are_given_its_own_number() -> None:
+    def reward(obs: jax.Array, action: jax.Array, next_obs: jax.Array) -> jax.Array:
+        assert action.shape == obs.shape[:-1]
+        assert jnp.issubdtype(action.dtype, jnp.integer)
+        return 10.0 * action.astype(jnp.float32)
+
+    def termination(obs: jax.Array, action: jax.Array, next_obs: jax.Array) -> jax.Array:
+        return action == 5
+
+    env = HostEnv(Counting(action_space=CHOICES), seed=0, reward_fn=reward, termination_fn=termination)
+    assert env.spec.known.reward is not None
+    assert env.spec.known.termination is not None
+    obs, action = jnp.zeros((4, 2)), jnp.eye(4)
+    np.testing.assert_allclose(env.spec.known.reward(obs, action, obs), [30.0, 40.0, 50.0, 60.0])
+    np.testing.assert_array_equal(env.spec.known.termination(obs, action, obs), [False, False, True, False])
+    np.testing.assert_allclose(env.spec.known.reward(obs[None], action[None], obs[None])[0, 3], 60.0)
+
+
+def test_random_actions_are_uniform_in_either_kind_of_space() -> None:
+    rng = np.random.default_rng(0)
+    chosen = host.random_actions(CHOICES, rng, 4000)
+    np.testing.assert_array_equal(np.sort(chosen, axis=1), np.tile([0.0, 0.0, 0.0, 1.0], (4000, 1)))
+    np.testing.assert_allclose(chosen.mean(axis=0), 0.25, atol=0.03)
+    stretched = host.random_actions(LOPSIDED, rng, 4000)
+    assert stretched.shape == (4000, 2)
+    np.testing.assert_allclose(np.quantile(stretched, (0, 0.25, 1), axis=0)[:, 0], (-1, -0.5, 1), atol=0.05)
+    assert chosen.dtype == stretched.dtype == np.float32
+
+
 @pytest.mark.parametrize(
     "spaces",
     [
         {"action_space": Box(-np.inf, np.inf, (2,))},
         {"action_space": box([-1, -np.inf], [1, 1])},
         {"action_space": box([-1, 2], [1, 2])},
-        {"action_space": Discrete(3)},
+        {"action_space": MultiDiscrete([3, 2])},
+        {"action_space": MultiBinary(3)},
         {"action_space": SQUARE},
         {"observation_space": Discrete(3)},
         {"observation_space": Dict(a=Box(-1.0, 1.0, (1,)))},
@@ -202,7 +252,8 @@ def test_known_functions_are_given_actions_in_the_environments_own_units() -> No
         "unbounded",
         "half-bounded",
         "empty",
-        "discrete",
+        "multi-discrete",
+        "multi-binary",
         "square",
         "discrete obs",
         "dict obs",

@@ -15,6 +15,7 @@ import pytest
 
 from mve import Learner, diagnose, dynamics, measure, replay
 from mve.agents import Agent
+from mve.agents.base import action_values
 from mve.agents.ddpg import DDPGConfig
 from mve.cli import main
 from mve.dynamics import Dynamics, DynamicsConfig
@@ -89,6 +90,9 @@ class Constant(Agent):
         critic = jax.tree.map(lambda x: jnp.zeros((1, *x.shape)), critic)
         bias = jnp.full((1, 1), value, jnp.float32)
         return cls(eqx.tree_at(lambda c: c.layers[0].bias, critic, bias), jnp.float32(value))
+
+    def action_values(self, obs: Any, action: Any) -> Any:
+        return action_values(self.critic, obs, action)
 
     def policy(self) -> Policy:
         raise NotImplementedError

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from gymnasium.envs.mujoco import pusher_v4
 from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
+from gymnasium.spaces import Box
 
 from mve.envs.known import known_functions
 from mve.types import Known
@@ -58,6 +59,9 @@ def both_versions(name: str, *rest: Any, **named: Any) -> list[Case]:
 CASES = [
     # θ² comes near π² = 10, and a float32 angle is good to 2e-7.
     Case("Pendulum-v1", tolerance=1e-5),
+    Case("CartPole-v1", tolerance=0.0, ends=True),  # counts, all three
+    Case("Acrobot-v1", tolerance=0.0, ends=True),
+    Case("MountainCar-v0", tolerance=0.0, ends=True),
     *both_versions("InvertedPendulum", tolerance=0.0, ends=True),  # a count
     # The tip lags behind qpos by up to 1e-4 m, which turned no ending of 4,000, and (y - 2)² doubles that.
     *both_versions("InvertedDoublePendulum", tolerance=1e-3, ends=True),
@@ -125,14 +129,23 @@ def lag_in_reward(env: Any, measure: Callable[[Any, Any], float]) -> Callable[[]
     return lag
 
 
+SWING = {
+    "CartPole-v1": lambda obs: np.int64(obs[2] > 0),
+    "Acrobot-v1": lambda obs: 2 * np.int64(obs[4] < 0),
+    "MountainCar-v0": lambda obs: 2 * np.int64(obs[1] > 0),
+}
+
+
 @cache
 def play(case_id: str, n: int, seed: int = 0, **kwargs: Any) -> Played:
-    """Actions of a random strength, up to 1.5 times what is allowed, held for a random while."""
+    """Actions of a random strength, up to 1.5 times what is allowed, held for a random while.
+
+    Where actions are a choice: one that swings up, and every third time any.
+    """
     env, rng = make(case_id, **kwargs), np.random.default_rng(seed)
     measure = {"Ant": torso_x, "Humanoid": centre_of_mass_x}.get(case_id.split("-")[0])
     lag = lag_in_reward(env.unwrapped, measure) if measure else lambda: 0.0
-    low, high = env.action_space.low, env.action_space.high
-    rows, fresh, action = [], True, np.zeros_like(low)
+    rows, fresh, action = [], True, np.zeros(0)
     while len(rows) < n:
         if fresh:
             obs, _ = env.reset(seed=int(rng.integers(2**31)))
@@ -140,7 +153,11 @@ def play(case_id: str, n: int, seed: int = 0, **kwargs: Any) -> Played:
         if fresh or rng.random() < 0.02:
             strength, hold = rng.uniform(0.1, 1.5), rng.choice([1, 1, 3, 10])
         if fresh or rng.random() < 1 / hold:
-            action = (strength * rng.uniform(low, high)).astype(np.float32)
+            if isinstance(env.action_space, Box):
+                low, high = env.action_space.low, env.action_space.high
+                action = (strength * rng.uniform(low, high)).astype(np.float32)
+            else:
+                action = rng.integers(env.action_space.n) if rng.random() < 1 / 3 else SWING[case_id](obs)
         next_obs, reward, terminated, truncated, _ = env.step(action)
         rows.append((obs.astype(np.float32), action, next_obs.astype(np.float32), reward, terminated, lag()))
         obs, fresh = next_obs, terminated or truncated
@@ -229,6 +246,8 @@ VARIANTS = [
     Case("Reacher-v5", {"reward_dist_weight": 3.0, "reward_control_weight": 0.2}),
     Case("Pusher-v5", {"reward_near_weight": 2.0, "reward_dist_weight": 3.0, "reward_control_weight": 0.5}),
     Case("Pendulum-v1", {"g": 5.0}, tolerance=1e-5),
+    Case("CartPole-v1", {"sutton_barto_reward": True}, tolerance=0.0, ends=True),
+    Case("MountainCar-v0", {"goal_velocity": 0.035}, tolerance=0.0, ends=True),
 ]
 
 
@@ -311,7 +330,7 @@ def test_leading_axes_give_what_single_transitions_give(case: Case) -> None:
     known = known_functions(make(case.id, **case.kwargs))
     played = play_case(case, 1_000)
     rows = [column[:6] for column in (played.obs, played.action, played.next_obs)]
-    blocks = [column.reshape(2, 3, -1) for column in rows]
+    blocks = [column.reshape(2, 3, *column.shape[1:]) for column in rows]
     for function, dtype in ((known.reward, jnp.float32), (known.termination, jnp.bool_)):
         assert function is not None
         block = jax.jit(function)(*blocks)
@@ -342,7 +361,7 @@ def test_nothing_is_known_below_a_wrapper_that_may_alter_things(wrap: Callable[[
 
 
 def test_nothing_is_known_of_other_environments() -> None:
-    assert known_functions(make("CartPole-v1")) == Known(None, None)
+    assert known_functions(make("MountainCarContinuous-v0")) == Known(None, None)
 
 
 def test_subclass_of_a_harmless_wrapper_is_not_taken_for_harmless() -> None:

@@ -13,7 +13,7 @@ import gymnasium as gym
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 
 import mve
 from mve import Learner
@@ -211,6 +211,38 @@ def test_a_memory_smaller_than_a_block_is_refused(tmp_path: Path) -> None:
 def test_a_known_function_that_is_asked_for_has_to_exist() -> None:
     with pytest.raises(UserError, match="no reward function is known"):
         Learner(Slide(), settings=[*SMALL, "dynamics.reward=known"])
+
+
+class Choice(Slide):
+    """The same pushed by one of three forces, whose numbers begin at 3."""
+
+    action_space = Discrete(3, start=3)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        assert self.action_space.contains(action)
+        self.state = 0.9 * self.state + 0.1 * float(action - 4)
+        self.steps += 1
+        return self.state.copy(), -float(np.abs(self.state).sum()), False, self.steps == 25, {}
+
+
+def test_a_choice_of_actions_is_learned_predicted_and_loaded(tmp_path: Path) -> None:
+    learner = Learner(Choice(), run_dir=tmp_path / "run", settings=SMALL, quiet=True).learn(120)
+    assert learner.config.algo == "mve-dqn"
+    action, _ = learner.predict(np.zeros(2))
+    assert isinstance(action, np.ndarray)
+    assert (action.shape, action.dtype) == ((), np.int64)
+    assert learner.spec.discrete
+    batch, _ = learner.predict(np.zeros((50, 2)), deterministic=False)
+    assert set(batch.tolist()) == {3, 4, 5}
+    loaded = Learner.load(tmp_path / "run", Choice(), quiet=True)
+    assert loaded.predict(np.zeros(2))[0] == action
+    assert loaded.learn(40).num_timesteps == 160
+
+
+@pytest.mark.parametrize(("env", "algo"), [("CartPole-v1", "mve-sac"), ("Pendulum-v1", "mve-dqn")])
+def test_an_algorithm_for_other_actions_is_refused_with_those_that_fit(env: str, algo: str) -> None:
+    with pytest.raises(UserError, match=f"{env} has .* actions?, which {algo} is not for; use --algo"):
+        Learner(env, algo)
 
 
 def test_the_package_offers_the_learner_and_the_error() -> None:

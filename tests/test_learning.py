@@ -10,21 +10,33 @@ import pytest
 from mve import Learner
 from mve.log import read_evaluations
 
-SOLVED, SEEDS = -200.0, 5
+SOLVED, SEEDS = {"Pendulum-v1": -200.0, "CartPole-v1": 475.0}, 5
 
 
-def steps_to_solve(folder: Path, seed: int, horizon: int) -> float:
-    settings = [f"targets.horizon_steps={horizon}", "evaluate.interval_steps=250", "train.total_steps=5000"]
-    Learner("Pendulum-v1", "mve-sac", seed=seed, run_dir=folder, settings=settings, quiet=True).learn()
+def steps_to_solve(task: str, folder: Path, seed: int, horizon: int, budget: int) -> float:
+    settings = [
+        *(f"targets.horizon_steps={horizon}", f"train.total_steps={budget}", "evaluate.interval_steps=250")
+    ]
+    Learner(task, seed=seed, run_dir=folder, settings=settings, quiet=True).learn()
     rows = read_evaluations(folder)
     means = {step: rows["return"][rows["step"] == step].mean() for step in np.unique(rows["step"])}
-    return float(min((step for step, mean in means.items() if mean >= SOLVED), default=np.inf))
+    return float(min((step for step, mean in means.items() if mean >= SOLVED[task]), default=np.inf))
 
 
 @pytest.mark.slow
 def test_expansion_solves_the_pendulum_in_fewer_steps_than_its_base_learner(tmp_path: Path) -> None:
     medians = [
-        np.median([steps_to_solve(tmp_path / f"h{horizon}-{seed}", seed, horizon) for seed in range(SEEDS)])
+        np.median(
+            [
+                steps_to_solve("Pendulum-v1", tmp_path / f"h{horizon}-{seed}", seed, horizon, 5000)
+                for seed in range(SEEDS)
+            ]
+        )
         for horizon in (3, 0)
     ]
     assert medians[0] < medians[1]
+
+
+@pytest.mark.slow
+def test_expansion_on_dqn_balances_the_pole(tmp_path: Path) -> None:
+    assert steps_to_solve("CartPole-v1", tmp_path, seed=0, horizon=3, budget=6000) <= 6000

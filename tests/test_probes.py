@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from environments import Probe
+from environments import DiscreteProbe, Probe
 
 from mve import dynamics, replay, train
 from mve.agents import AGENTS, Agent
-from mve.agents.base import action_values
 from mve.dynamics import Dynamics, DynamicsConfig
-from mve.envs.host import HostEnv
+from mve.envs.host import HostEnv, random_actions
 from mve.replay import Replay
 from mve.targets import TargetsConfig
 from mve.train import Capacity, Recipe, TrainState
@@ -38,12 +37,15 @@ EXACT_AGENTS = {  # nothing that blurs Q: no smoothing noise; hardly any entropy
     "ddpg": {},
     "td3": {"target_noise": 0.0},
     "sac": {"initial_temperature": 1e-3, "temperature_learning_rate": 1e-9},
+    "dqn": {},
 }
 # A compilation each. TD-k holds MVE's row, so that MVE alone is a slow test for all but one agent.
+ESTIMATORS = ("one_step", "mve", "mve_tdk")
 LEARNERS = [
     pytest.param(agent, estimator, marks=[pytest.mark.slow] if estimator == "mve" and agent != "sac" else [])
     for agent in AGENTS
-    for estimator in ("one_step", "mve", "mve_tdk")
+    if not AGENTS[agent][1].discrete
+    for estimator in ESTIMATORS
 ]
 
 
@@ -83,21 +85,42 @@ PROBES = {
         {(0, 0): 2, (1, 0): 2, (2, 0): 2, (3, 0): 2},
     ),
 }
+# Of the choice between 0 and 1. The best action is 1 throughout, or depends on the state.
+DISCRETE_PROBES = {
+    "a_choice": Answers(DiscreteProbe(lambda s, a: 2 * a - 1), {(0, 0): -1, (0, 1): 1}, {0: 1}),
+    "choice_and_observation": Answers(
+        DiscreteProbe(lambda s, a: s * (2 * a - 1), first_obs=(-1.0, 1.0)),
+        {(1, 1): 1, (1, 0): -1, (-1, 0): 1, (-1, 1): -1},
+        {1: 1, -1: 0},
+    ),
+    # The first step's value is half of what the better choice earns at the second.
+    "a_delayed_choice": Answers(
+        DiscreteProbe(lambda s, a: s * (2 * a - 1), num_steps=2),
+        {(0, 0): 0.5, (0, 1): 0.5, (1, 1): 1, (1, 0): -1},
+        {1: 1},
+    ),
+    # For ever, past every time limit: 1 + 1/2 + 1/4 + ... = 2 for choosing 1 now, 1 for choosing 0.
+    "no_end_of_choices": Answers(
+        DiscreteProbe(lambda s, a: a, num_steps=3, first_obs=(0.0, 1.0, 2.0, 3.0), truncated=True),
+        {(0, 1): 2, (2, 1): 2, (3, 1): 2, (0, 0): 1, (2, 0): 1, (3, 0): 1},
+        {0: 1, 1: 1, 2: 1},
+    ),
+}
 
 
 def recipe(agent: str, estimator: str) -> Recipe:
-    config_class, _ = AGENTS[agent]
+    config_class, agent_class = AGENTS[agent]
+    actor = {} if agent_class.discrete else {"action_layer": 0, "actor_learning_rate": 3e-3}
     return Recipe(
         obs_size=1,
-        action_size=1,
+        action_size=2 if agent_class.discrete else 1,
         known=Known(),
         agent=config_class(
             hidden=(64,),
-            action_layer=0,
             batch_size=64,
-            actor_learning_rate=3e-3,
             critic_learning_rate=1e-2,
             target_rate=0.1,
+            **actor,
             **EXACT_AGENTS[agent],
         ),
         dynamics=DynamicsConfig(hidden=(64,), members=2, batch_size=64, learning_rate=3e-3),
@@ -124,12 +147,14 @@ def improved(state: TrainState, recipe: Recipe) -> Agent:
 @cache
 def experience(probe: str) -> tuple[Replay, Dynamics]:
     """Transitions of random actions, and the model fitted to them: the same for every agent."""
-    rng = np.random.default_rng(0)
-    env = HostEnv(PROBES[probe].env, seed=0)
-    block, _ = env.collect(lambda obs: rng.uniform(-1.0, 1.0, 1).astype(np.float32), ROWS)
-    memory = replay.add(replay.init(ROWS, 1, 1), block, jnp.ones(ROWS, bool))
-    ours = recipe("ddpg", "mve")
-    model = MODEL(ours.dynamics, ours.known, 1, 1, jax.random.key(0))
+    world = (PROBES | DISCRETE_PROBES)[probe].env
+    env = HostEnv(world, seed=0)
+    actions = iter(random_actions(world.action_space, np.random.default_rng(0), ROWS))
+    block, _ = env.collect(lambda obs: next(actions), ROWS)
+    sizes = env.spec.obs_size, env.spec.action_size
+    memory = replay.add(replay.init(ROWS, *sizes), block, jnp.ones(ROWS, bool))
+    ours = recipe("dqn" if env.spec.discrete else "ddpg", "mve")
+    model = MODEL(ours.dynamics, ours.known, *sizes, jax.random.key(0))
     return memory, fitted(model, memory, ours)
 
 
@@ -138,19 +163,33 @@ def beginner(agent: str) -> TrainState:
     return INIT(recipe(agent, "mve"), Capacity(ROWS), 0)
 
 
+def trained(agent: str, estimator: str, probe: str) -> Agent:
+    memory, model = experience(probe)
+    return improved(replace(beginner(agent), replay=memory, model=model), recipe(agent, estimator))
+
+
+def assert_values(value: jax.Array, answers: Answers) -> None:
+    for critic in np.asarray(value):
+        np.testing.assert_allclose(critic, list(answers.value.values()), atol=VALUE_TOLERANCE)
+
+
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize(("agent", "estimator"), LEARNERS)
 def test_known_values_are_learned(agent: str, estimator: str, probe: str) -> None:
-    memory, model = experience(probe)
-    ours = recipe(agent, estimator)
-    state = replace(beginner(agent), replay=memory, model=model)
-    learned = improved(state, ours)
-
-    answers = PROBES[probe]
+    learned, answers = trained(agent, estimator, probe), PROBES[probe]
     obs_action = jnp.array(list(answers.value), jnp.float32)
-    value = action_values(learned.critic, obs_action[:, :1], obs_action[:, 1:])
-    for critic in np.asarray(value):
-        np.testing.assert_allclose(critic, list(answers.value.values()), atol=VALUE_TOLERANCE)
+    assert_values(learned.action_values(obs_action[:, :1], obs_action[:, 1:]), answers)
     for obs, best in answers.best.items():
         action = learned.policy()(np.array([obs], np.float32), np.zeros(1, np.float32))
         np.testing.assert_allclose(action, best, atol=ACTION_TOLERANCE)
+
+
+@pytest.mark.parametrize("probe", DISCRETE_PROBES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_known_values_of_choices_are_learned(estimator: str, probe: str) -> None:
+    learned, answers = trained("dqn", estimator, probe), DISCRETE_PROBES[probe]
+    obs, choice = jnp.array(list(answers.value), jnp.float32).T
+    assert_values(learned.action_values(obs[:, None], jax.nn.one_hot(choice.astype(int), 2)), answers)
+    for obs, best in answers.best.items():
+        action = learned.policy()(np.array([obs], np.float32), np.zeros(2, np.float32))
+        np.testing.assert_array_equal(action, np.eye(2)[best])

@@ -277,7 +277,7 @@ def recipe(agent: str, estimator: str, known: Known, horizon: int = 2) -> Recipe
         obs_size=2,
         action_size=1,
         known=known,
-        agent=AGENTS[agent][0](hidden=(8,), action_layer=0, critics=2, batch_size=8),
+        agent=AGENTS[agent][0](hidden=(8,), critics=2, batch_size=8),
         dynamics=MODEL,
         targets=TargetsConfig(estimator=estimator, horizon_steps=horizon),  # pyright: ignore[reportArgumentType]
     )

@@ -15,8 +15,9 @@ import gymnasium as gym
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gymnasium.spaces import Box, Discrete
 
-from mve.envs.host import HostEnv, native_action
+from mve.envs.host import HostEnv, native_action, random_actions
 from mve.envs.known import known_functions
 from mve.types import Json, Known, UserError
 
@@ -36,7 +37,7 @@ class Steps(NamedTuple):
     obs: np.ndarray
     action: np.ndarray
     next_obs: np.ndarray
-    scaled_action: np.ndarray  # the same actions in [-1, 1]
+    agents_action: np.ndarray  # the same actions in [-1, 1], or one-hot
     reward: np.ndarray
     terminated: np.ndarray
     step: np.ndarray
@@ -96,7 +97,7 @@ def check(
     """
     host = HostEnv(env, seed=seed)
     candidates = _candidates(env, host.spec.name, known, sources or {})
-    faults = [_fault(c, host.spec.obs_size, host.spec.action_size) for c in candidates]
+    faults = [_fault(c, host.spec.obs_size, env.action_space) for c in candidates]
     if any(faults):
         raise UserError("; ".join(fault for fault in faults if fault))
     played = play(env, host, steps, seed)
@@ -120,27 +121,35 @@ def _candidates(env: gym.Env, name: str, known: Known, sources: Mapping[str, str
 
 
 def play(env: gym.Env, host: HostEnv, steps: int, seed: int) -> Steps:
-    """So many real steps with actions drawn uniformly from the action box."""
+    """So many real steps with actions drawn uniformly from the action space."""
     rng, space = np.random.default_rng(seed), env.action_space
-    assert isinstance(space, gym.spaces.Box)
-    rows, _ = host.collect(lambda obs: rng.uniform(-1.0, 1.0, space.shape), steps)
-    scaled = np.asarray(rows.action)
+    assert isinstance(space, Box | Discrete)
+    actions = iter(random_actions(space, rng, steps))
+    rows, _ = host.collect(lambda obs: next(actions), steps)
+    agents_action = np.asarray(rows.action)
     return Steps(
         obs=np.asarray(rows.obs),
-        action=native_action(space, scaled).astype(np.float32),
+        action=native_action(space, agents_action).astype(_action_dtype(space)),
         next_obs=np.asarray(rows.next_obs),
-        scaled_action=scaled,
+        agents_action=agents_action,
         reward=np.asarray(rows.reward),
         terminated=np.asarray(rows.continuation) == 0,
         step=np.asarray(rows.step),
     )
 
 
-def _fault(candidate: Candidate, obs_size: int, action_size: int) -> str | None:
+def _action_dtype(space: gym.Space) -> type:
+    """Of the actions that functions are given."""
+    return np.int32 if isinstance(space, Discrete) else np.float32
+
+
+def _fault(candidate: Candidate, obs_size: int, action_space: gym.Space) -> str | None:
     """What keeps a function from being used at all, found from shapes alone: no step is played for it."""
     kind, wanted = (jnp.floating, "float32") if candidate.what == "reward" else (jnp.bool_, "bool")
     for shape in LEADING_AXES:
-        obs, action = (jax.ShapeDtypeStruct((*shape, n), jnp.float32) for n in (obs_size, action_size))
+        obs = jax.ShapeDtypeStruct((*shape, obs_size), jnp.float32)
+        one_action = action_space.shape or ()  # a discrete one is a number
+        action = jax.ShapeDtypeStruct((*shape, *one_action), _action_dtype(action_space))
         given = f"{candidate}: given obs {obs.shape} and action {action.shape} it"
         try:
             told: Any = jax.eval_shape(candidate.function, obs, action, obs)
@@ -222,7 +231,8 @@ def _exchange(candidate: Candidate, steps: Steps, right: Callable[[Any], bool]) 
     with np.errstate(all="ignore"):
         if right(candidate.function(steps.next_obs, steps.action, steps.obs)):
             return "It is right with obs and next_obs exchanged."
-        if right(candidate.function(steps.obs, steps.scaled_action, steps.next_obs)):
+        same_shape = steps.agents_action.shape == steps.action.shape  # not so where they are one-hot
+        if same_shape and right(candidate.function(steps.obs, steps.agents_action, steps.next_obs)):
             return "It is right for actions in [-1, 1], but it is given the environment's own units."
     return ""
 

@@ -16,7 +16,7 @@ import msgspec
 
 from mve.agents import AGENTS, AgentConfig
 from mve.dynamics import DynamicsConfig
-from mve.envs.base import EnvConfig
+from mve.envs.base import EnvConfig, EnvSpec
 from mve.envs.host import LARGEST_SEED
 from mve.evaluate import EvaluateConfig
 from mve.imagine import ImaginationConfig
@@ -70,7 +70,27 @@ class Config:
 
 def build(env_id: str, algo: str | None = None, assignments: Sequence[str] = (), seed: int = 0) -> Config:
     """The configuration of a preset on a task, with the user's `section.field=value` on top."""
-    algo = algo or DEFAULT_ALGO
+    return from_json(_plain(env_id, algo or DEFAULT_ALGO, assignments, seed))
+
+
+def task(env_id: str, algo: str | None = None, assignments: Sequence[str] = ()) -> EnvConfig:
+    """The environment's part of `build`: the environment is made before its actions choose an algorithm."""
+    return _section("env", EnvConfig, _plain(env_id, algo or DEFAULT_ALGO, assignments, 0)["env"])
+
+
+def check_actions(config: Config, spec: EnvSpec) -> None:
+    """Refuse an algorithm that is not for the task's kind of actions."""
+    if AGENTS[config.learner][1].discrete == spec.discrete:
+        return
+    fitting = [name for name, p in PRESETS.items() if AGENTS[p.learner][1].discrete == spec.discrete]
+    kind = f"{'discrete' if spec.discrete else 'continuous'} action{'s' * (spec.action_size != 1)}"
+    raise UserError(
+        f"{spec.name} has {spec.action_size} {kind}, which {config.algo} is not for; "
+        f"use --algo {' or '.join(fitting)}"
+    )
+
+
+def _plain(env_id: str, algo: str, assignments: Sequence[str], seed: int) -> Json:
     if algo not in PRESETS:
         raise UserError(f"unknown algorithm '{algo}'{_nearest(algo, PRESETS)}; `mve list` shows them all")
     if not 0 <= seed <= LARGEST_SEED:
@@ -86,7 +106,7 @@ def build(env_id: str, algo: str | None = None, assignments: Sequence[str] = (),
         if not separator:
             raise UserError(f"cannot read the setting '{assignment}'; write section.field=value")
         _assign(data, name.strip(), _literal(text.strip()))
-    return from_json(data)
+    return data
 
 
 def _literal(text: str) -> object:

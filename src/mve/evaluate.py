@@ -9,7 +9,7 @@ from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from mve.envs.host import episode_seed, native_action
+from mve.envs.host import action_size, episode_seed, native_action
 from mve.networks import Policy
 from mve.types import Count, Positive
 
@@ -41,11 +41,11 @@ def evaluate(envs: Sequence[gym.Env], policy: Policy, *, seed: int, step: int) -
     reset with a seed made of the run's seed, the step and i: the result depends on nothing else.
     """
     space = envs[0].action_space
-    assert isinstance(space, gym.spaces.Box)
+    assert isinstance(space, gym.spaces.Box | gym.spaces.Discrete)
     resets = [env.reset(seed=episode_seed(EVALUATION_STREAM, seed, step, i)) for i, env in enumerate(envs)]
     obs = np.stack([obs for obs, _ in resets]).astype(np.float32)
     returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), np.int64)
-    noise = np.zeros((len(envs), *space.shape), np.float32)
+    noise = np.zeros((len(envs), action_size(space)), np.float32)
     running = np.ones(len(envs), bool)
     while running.any():
         native = native_action(space, policy(obs, noise))

@@ -31,6 +31,7 @@ from mve.envs.host import HostEnv
 from mve.envs.known import never
 from mve.evaluate import Evaluation, evaluate
 from mve.networks import Policy
+from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO
 from mve.train import Capacity, Due, Recipe
 from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
 
@@ -46,7 +47,8 @@ class Learner:
 
     `env` is an id or an environment; `algo` one of `mve list`; `settings` are `section.field=value`.
     `reward_fn` and `termination_fn` are JAX functions (obs, action, next_obs), any leading axes, in the
-    environment's own units; without them the model learns both. An instance is copied for evaluation
+    environment's own units (a discrete action is an integer array without a last axis); without them the
+    model learns both. An instance is copied for evaluation
     unless `eval_env` is given. Nothing is written before `learn` or `save`.
     """
 
@@ -64,11 +66,13 @@ class Learner:
         quiet: bool = False,
     ):
         with log.capture_mujoco_warnings(None):
-            name = env if isinstance(env, str) else host.name_of(env)
-            built = config.build(name, algo, settings, seed)
-            if not isinstance(env, str):
+            by_name = isinstance(env, str)
+            name = env if by_name else host.name_of(env)
+            instance = host.make(config.task(name, algo, settings)) if by_name else env
+            built = config.build(name, algo or _default_algo(instance), settings, seed)
+            if not by_name:
                 built = replace(built, env=replace(built.env, id=""))
-            self._set_up(built, env, eval_env, reward_fn, termination_fn, quiet)
+            self._set_up(built, instance, eval_env, reward_fn, termination_fn, quiet)
         self.folder = Path(run_dir) if run_dir is not None else _free_folder(self.spec.name, built)
         self._fresh = True
         self._state = train.init(self._recipe, self._capacity(), seed)
@@ -76,14 +80,13 @@ class Learner:
     def _set_up(
         self,
         built: Config,
-        env: str | gym.Env,
+        instance: gym.Env,
         eval_env: gym.Env | None,
         reward_fn: RewardFn | None,
         termination_fn: TerminationFn | None,
         quiet: bool,
     ) -> None:
         """Everything but the training state and the folder."""
-        instance = host.make(built.env) if isinstance(env, str) else env
         self._env = HostEnv(
             instance,
             seed=built.seed,
@@ -92,6 +95,7 @@ class Learner:
             termination_fn=termination_fn,
         )
         self.spec: EnvSpec = self._env.spec
+        config.check_actions(built, self.spec)
         self.config = schedule.with_budgets(built, self.spec.max_episode_steps)
         known = _known(self.config.dynamics, self.spec, self.config.env.id)
         self._recipe = Recipe(
@@ -121,7 +125,8 @@ class Learner:
     def describe(self) -> str:
         """One line: task, sizes, budget, and what the model has to learn."""
         cfg, known = self.config, self._recipe.known
-        sizes = f"{self.spec.obs_size} observations, {self.spec.action_size} actions"
+        kind = "discrete " if self.spec.discrete else ""
+        sizes = f"{self.spec.obs_size} observations, {self.spec.action_size} {kind}actions"
         text = f"{self.spec.name} with {cfg.algo}: {sizes}, {cfg.train.total_steps} steps"
         if not self._recipe.uses_model:
             return f"{text}; no model"
@@ -146,6 +151,11 @@ class Learner:
 
     # Acting
 
+    def _action_space(self) -> host.ActionSpace:
+        space = self._instance.action_space
+        assert isinstance(space, gym.spaces.Box | gym.spaces.Discrete)
+        return space
+
     def _host_policy(self) -> Policy:
         """The deterministic policy with NumPy leaves. Copied: the device's buffers are donated later."""
         policy = self._policy or _on_host(self._state.agent.policy())
@@ -161,6 +171,7 @@ class Learner:
     ) -> tuple[np.ndarray, None]:
         """Action in the environment's own units for one observation (S,) or a batch (n, S), and None.
 
+        A discrete action is an integer: an array () or (n,).
         The second value stands where recurrent policies of other libraries return their state.
         """
         del state, episode_start
@@ -174,9 +185,7 @@ class Learner:
         if not deterministic:
             noise = np.random.default_rng().standard_normal(noise.shape, np.float32)
             policy = _on_host(train.exploration_policy(self._state))
-        space = self._instance.action_space
-        assert isinstance(space, gym.spaces.Box)
-        return host.native_action(space, policy(obs, noise)), None
+        return np.asarray(host.native_action(self._action_space(), policy(obs, noise))), None
 
     def evaluate(self, episodes: int | None = None) -> Evaluation:
         """Return and length of episodes under the deterministic policy, in environments of their own."""
@@ -273,12 +282,11 @@ class Learner:
     def _acting(self, step: int) -> Any:
         """What collects the block that starts at `step`: its draws depend on the seed and the step only."""
         t, rng = self.config.train, np.random.default_rng([EXPLORATION_STREAM, self.config.seed, step])
-        size = (t.block_steps, self.spec.action_size)
         if step < t.learning_starts and t.warmup == "uniform":
-            actions = iter(rng.uniform(-1.0, 1.0, size).astype(np.float32))
+            actions = iter(host.random_actions(self._action_space(), rng, t.block_steps))
             return lambda obs: next(actions)
         policy = _on_host(train.exploration_policy(self._state))
-        noise = iter(rng.standard_normal(size, np.float32))
+        noise = iter(rng.standard_normal((t.block_steps, self.spec.action_size), np.float32))
         return lambda obs: policy(obs, next(noise))
 
     def _judge(self, records: log.RunLog, step: int) -> dict[str, float]:
@@ -379,7 +387,8 @@ class Learner:
             )
         learner = cls.__new__(cls)
         with log.capture_mujoco_warnings(None):
-            learner._set_up(built, env or built.env.id, eval_env, reward_fn, termination_fn, quiet)
+            instance = env or host.make(built.env)
+            learner._set_up(built, instance, eval_env, reward_fn, termination_fn, quiet)
         learner.folder, learner._fresh = folder, False
         newest = checkpoint.latest(folder / "checkpoints")
         held = checkpoint.read_facts(newest) if newest else {}
@@ -394,6 +403,10 @@ class Learner:
 
 def _on_host(policy: Policy) -> Policy:
     return jax.tree.map(np.array, policy)
+
+
+def _default_algo(env: gym.Env) -> str:
+    return DEFAULT_DISCRETE_ALGO if isinstance(env.action_space, gym.spaces.Discrete) else DEFAULT_ALGO
 
 
 def _free_folder(name: str, built: Config) -> Path:

@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float
 
 from mve import dynamics, imagine, targets
 from mve.agents import Agent
-from mve.agents.base import action_values
 from mve.dynamics import Dynamics
 from mve.train import Recipe
 from mve.types import Json, Transition
@@ -88,7 +87,7 @@ def critic_values(
     agent: Agent, obs: Float[Array, " B S"], action: Float[Array, " B A"]
 ) -> Float[Array, " B"]:
     """min_n Q_n(s, a) of the critics in training, not of their slow copies."""
-    return jnp.min(action_values(agent.critic, obs, action), axis=0)
+    return jnp.min(agent.action_values(obs, action), axis=0)
 
 
 @jax.jit

@@ -7,7 +7,9 @@ microseconds a call, where dispatching a jitted function costs five times that).
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
+from functools import reduce
 from types import ModuleType
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
@@ -230,10 +232,18 @@ class GaussianActor(eqx.Module):
 
 
 class Policy(eqx.Module):
-    """What acts in the environment: an actor and, for deterministic ones, the noise added to its action.
+    """What acts in the environment: a function of an observation and standard normal noise (*batch, A).
 
     Zero noise is the deterministic policy. Copied to NumPy leaves it runs on the host.
     """
+
+    @abc.abstractmethod
+    def __call__(self, obs: Any, noise: Any) -> Any:
+        """Action in [-1, 1], or a one-hot vector."""
+
+
+class ActorPolicy(Policy):
+    """An actor and, for deterministic ones, the noise added to its action."""
 
     actor: DeterministicActor | GaussianActor
     noise_std: jax.Array
@@ -241,3 +251,40 @@ class Policy(eqx.Module):
     def __call__(self, obs: Any, noise: Any) -> Any:
         xp = array_module(obs)
         return xp.clip(self.actor.act(obs, noise) + self.noise_std * noise, -1.0, 1.0)
+
+
+class EpsilonGreedy(Policy):
+    """The action of the greatest Q(s, a) = min_n Q_n(s, a), as a one-hot vector; with probability epsilon
+    one drawn uniformly (Mnih et al. 2015).
+
+    The noise decides both, exactly: which of A independent normals has the largest magnitude is uniform,
+    and independent of that magnitude, which exceeds t with probability 1 - (2 Phi(t) - 1)^A = epsilon.
+    """
+
+    critics: tuple[MLP, ...]  # each from an observation to A values
+    epsilon: jax.Array
+    threshold: jax.Array  # t, infinite for epsilon = 0
+
+    @classmethod
+    def of(cls, critics: MLP, epsilon: Array) -> EpsilonGreedy:
+        """Acts on N critics with a leading critic axis."""
+        count, size = critics.layers[-1].bias.shape
+        members = [jax.tree.map(lambda leaf, n=n: leaf[n], critics) for n in range(count)]
+        threshold = jax.scipy.special.ndtri(0.5 + 0.5 * (1.0 - epsilon) ** (1.0 / size))
+        return cls(tuple(members), epsilon, threshold)
+
+    def _values(self, obs: Any) -> Any:
+        return reduce(array_module(obs).minimum, [critic(obs) for critic in self.critics])
+
+    def __call__(self, obs: Any, noise: Any) -> Any:
+        xp, values, magnitude = array_module(obs), self._values(obs), abs(noise)
+        explores = xp.max(magnitude, axis=-1, keepdims=True) > self.threshold
+        chosen = xp.argmax(xp.where(explores, magnitude, values), axis=-1)
+        return xp.eye(values.shape[-1], dtype=np.float32)[chosen]
+
+    def log_density(self, obs: Any, action: Any) -> Any:
+        """log((1 - epsilon) [a is greedy] + epsilon / A) of one-hot actions (*batch, A)."""
+        xp, values = array_module(obs), self._values(obs)
+        is_greedy = xp.argmax(values, axis=-1) == xp.argmax(action, axis=-1)
+        random = self.epsilon / values.shape[-1]
+        return xp.log(xp.where(is_greedy, 1.0 - self.epsilon + random, random))

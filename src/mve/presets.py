@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 DEFAULT_ALGO = "mve-sac"
+DEFAULT_DISCRETE_ALGO = "mve-dqn"
 
 
 class Preset(NamedTuple):
@@ -14,7 +15,7 @@ class Preset(NamedTuple):
 
     summary: str
     paper: str
-    learner: Literal["ddpg", "td3", "sac"]
+    learner: Literal["ddpg", "td3", "sac", "dqn"]
     settings: Mapping[str, object]
     tasks: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})  # by prefix of the task's name
 
@@ -169,5 +170,17 @@ PRESETS: dict[str, Preset] = {
             "env.truncation_is_terminal": True,
         },
         {task: {**_POSITIONS, **rates} for task, rates in _RATES_2018.items()},
+    ),
+    "dqn": Preset(
+        "Double DQN, for discrete actions",
+        "Mnih et al. 2015; van Hasselt et al. 2016, arXiv 1509.06461",
+        "dqn",
+        {},
+    ),
+    "mve-dqn": Preset(
+        "MVE with the TD-k trick on Double DQN: the default for discrete actions",
+        'Feinberg et al. 2018 ("the actor may be dropped"), on Mnih et al. 2015',
+        "dqn",
+        _EXPANDED,
     ),
 }

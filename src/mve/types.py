@@ -5,7 +5,8 @@ H horizon, B batch, M model members, R reward models, N critics, E combinations 
 K regression rows, S obs, A action, T env time.
 
 r_t is the reward for acting in s_t. `continuation` is 1 - terminated: a time limit keeps it at 1.
-Actions are scaled to [-1, 1] everywhere but inside `envs/`, which speaks the environment's own units.
+Actions are scaled to [-1, 1], and the choice among A discrete ones is a one-hot vector, everywhere but inside
+`envs/`, which speaks the environment's own units.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ Metrics: TypeAlias = dict[str, Array]
 Key: TypeAlias = jax.Array  # a typed PRNG key, consumed by the function that takes it
 
 # (obs, action, next_obs) -> reward or terminated, in the environment's own units, any leading axes.
+# A discrete action is its own integer there, so that `action` is (*batch) and has no last axis.
 RewardFn: TypeAlias = Callable[[Array, Array, Array], Array]
 TerminationFn: TypeAlias = Callable[[Array, Array, Array], Array]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mve.agents.base import Agent, AgentConfig
 from mve.agents.ddpg import DDPG, DDPGConfig
+from mve.agents.dqn import DQN, DQNConfig
 from mve.agents.sac import SAC, SACConfig
 from mve.agents.td3 import TD3, TD3Config
 from mve.types import Key
@@ -12,6 +13,7 @@ AGENTS: dict[str, tuple[type[AgentConfig], type[Agent]]] = {
     "ddpg": (DDPGConfig, DDPG),
     "td3": (TD3Config, TD3),
     "sac": (SACConfig, SAC),
+    "dqn": (DQNConfig, DQN),
 }
 
 

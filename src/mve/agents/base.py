@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
 import jax
@@ -20,20 +21,16 @@ Tree = TypeVar("Tree")
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """What DDPG, TD3 and SAC have in common."""
+    """What all agents have in common."""
 
     hidden: Widths = (256, 256)
     """Widths of the hidden layers of actor and critics."""
     layer_norm: bool = False
     """LayerNorm before each activation, in actor and critics."""
-    action_layer: int = 0
-    """Layer of the critic where the action enters: 0 beside the observation, 1 after a hidden layer."""
     critics: Positive = 2
     """N, critics; targets use the least of their values, STEVE's their mean and spread."""
     batch_size: Positive = 256
     """Real transitions per update."""
-    actor_learning_rate: Rate = 3e-4
-    """Adam's step size."""
     critic_learning_rate: Rate = 3e-4
     """Adam's step size."""
     target_rate: Unit = 0.005
@@ -42,14 +39,31 @@ class AgentConfig:
     """Model steps that the actor's objective is differentiated through before it asks the critic; 0: none."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ActorCriticConfig(AgentConfig):
+    """What DDPG, TD3 and SAC have in common."""
+
+    action_layer: int = 0
+    """Layer of the critic where the action enters: 0 beside the observation, 1 after a hidden layer."""
+    actor_learning_rate: Rate = 3e-4
+    """Adam's step size."""
+
+
 class Agent(eqx.Module):
-    """An actor-critic learner as one frozen pytree; every method is pure.
+    """A learner as one frozen pytree; every method is pure.
 
     It gives the expander `target_policy` and `target_value`, and takes back `CriticTargets` without
     knowing which estimator made them.
     """
 
-    critic: eqx.AbstractVar[MLP]  # Q_n(s, a), n = 1..N, those in training
+    discrete: ClassVar[bool] = False  # chooses among actions, which are one-hot vectors
+    critic: eqx.AbstractVar[MLP]  # Q_n, n = 1..N, those in training
+
+    @abc.abstractmethod
+    def action_values(
+        self, obs: Float[Array, " *batch S"], action: Float[Array, " *batch A"]
+    ) -> Float[Array, " N *batch"]:
+        """Q_n(s, a) of every critic in training."""
 
     @abc.abstractmethod
     def policy(self) -> Policy:
@@ -79,10 +93,11 @@ class Agent(eqx.Module):
     def update(
         self, targets: CriticTargets, obs: Float[Array, " B S"], objective: ObjectiveFn, key: Key
     ) -> tuple[Agent, Metrics]:
-        """One step of critic and actor; `objective` says what the actor is worth in the states `obs`."""
+        """One step of critic and actor; `objective` says what the actor, if there is one, is worth in the
+        states `obs`."""
 
 
-def init_critic(config: AgentConfig, obs_size: int, action_size: int, key: Key) -> MLP:
+def init_critic(config: ActorCriticConfig, obs_size: int, action_size: int, key: Key) -> MLP:
     """N critics Q(s, a) with a leading critic axis."""
 
     def critic(k: Key) -> MLP:
@@ -106,9 +121,11 @@ def action_values(
     return jax.vmap(lambda member: member(obs, action)[..., 0])(critic)
 
 
-def critic_loss(critic: MLP, targets: CriticTargets) -> tuple[Array, Metrics]:
+def critic_loss(
+    critic: MLP, targets: CriticTargets, value_of: Callable[[MLP, Array, Array], Array] = action_values
+) -> tuple[Array, Metrics]:
     """sum_n sum_k w_k (Q_n(s_k, a_k) - y_k)^2: with weights 1/K, each critic's mean squared error, summed."""
-    value = action_values(critic, targets.obs, targets.action)
+    value = value_of(critic, targets.obs, targets.action)
     error = value - jnp.broadcast_to(targets.value, value.shape)
     loss = jnp.sum(jnp.broadcast_to(targets.weight, value.shape) * jnp.square(error))
     return loss, {"train/critic_loss": loss, "train/q_mean": jnp.mean(value)}

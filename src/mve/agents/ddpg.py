@@ -12,8 +12,8 @@ import optax
 from jaxtyping import Array
 
 from mve.agents.base import (
+    ActorCriticConfig,
     Agent,
-    AgentConfig,
     action_values,
     adam_step,
     critic_loss,
@@ -22,14 +22,14 @@ from mve.agents.base import (
     init_critic,
     polyak,
 )
-from mve.networks import MLP, DeterministicActor, Policy
+from mve.networks import MLP, ActorPolicy, DeterministicActor, Policy
 from mve.types import CriticTargets, Key, Metrics, NonNegative, ObjectiveFn, Positive, Rate, Unit, Widths
 
 NOISE_GROWTH = 1.01  # factor of one adaptation, up or down
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPGConfig(AgentConfig):
+class DDPGConfig(ActorCriticConfig):
     """Settings of the MVE paper's learner (code of February 2018) unless overridden."""
 
     hidden: Widths = (64, 64)
@@ -97,13 +97,16 @@ class DDPG(Agent):
             config=config,
         )
 
+    def action_values(self, obs: Array, action: Array) -> Array:
+        return action_values(self.critic, obs, action)
+
     def policy(self) -> Policy:
-        return Policy(actor=self.actor, noise_std=jnp.float32(0))
+        return ActorPolicy(actor=self.actor, noise_std=jnp.float32(0))
 
     def exploration_policy(self, key: Key) -> Policy:
         if self.config.exploration == "gaussian":
-            return Policy(actor=self.actor, noise_std=jnp.float32(2 * self.config.noise))
-        return Policy(actor=perturb(self.actor, self.noise_scale, key), noise_std=jnp.float32(0))
+            return ActorPolicy(actor=self.actor, noise_std=jnp.float32(2 * self.config.noise))
+        return ActorPolicy(actor=perturb(self.actor, self.noise_scale, key), noise_std=jnp.float32(0))
 
     def target_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
         del key

@@ -13,8 +13,8 @@ from jaxtyping import Array
 from msgspec import Meta
 
 from mve.agents.base import (
+    ActorCriticConfig,
     Agent,
-    AgentConfig,
     action_values,
     adam_step,
     critic_loss,
@@ -22,12 +22,12 @@ from mve.agents.base import (
     init_critic,
     polyak,
 )
-from mve.networks import MLP, GaussianActor, Policy
+from mve.networks import MLP, ActorPolicy, GaussianActor, Policy
 from mve.types import CriticTargets, Key, Metrics, ObjectiveFn, Rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class SACConfig(AgentConfig):
+class SACConfig(ActorCriticConfig):
     """The paper's settings; its networks are 2 x 256."""
 
     temperature_learning_rate: Rate = 3e-4
@@ -85,8 +85,11 @@ class SAC(Agent):
             config=config,
         )
 
+    def action_values(self, obs: Array, action: Array) -> Array:
+        return action_values(self.critic, obs, action)
+
     def policy(self) -> Policy:
-        return Policy(actor=self.actor, noise_std=jnp.float32(0))
+        return ActorPolicy(actor=self.actor, noise_std=jnp.float32(0))
 
     def exploration_policy(self, key: Key) -> Policy:
         del key

@@ -11,8 +11,8 @@ import optax
 from jaxtyping import Array
 
 from mve.agents.base import (
+    ActorCriticConfig,
     Agent,
-    AgentConfig,
     action_values,
     adam_step,
     critic_loss,
@@ -21,12 +21,12 @@ from mve.agents.base import (
     init_critic,
     polyak,
 )
-from mve.networks import MLP, DeterministicActor, Policy
+from mve.networks import MLP, ActorPolicy, DeterministicActor, Policy
 from mve.types import CriticTargets, Key, Metrics, NonNegative, ObjectiveFn, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class TD3Config(AgentConfig):
+class TD3Config(ActorCriticConfig):
     """The paper's settings, in units of actions in [-1, 1]."""
 
     exploration_noise: NonNegative = 0.1
@@ -73,12 +73,15 @@ class TD3(Agent):
             config=config,
         )
 
+    def action_values(self, obs: Array, action: Array) -> Array:
+        return action_values(self.critic, obs, action)
+
     def policy(self) -> Policy:
-        return Policy(actor=self.actor, noise_std=jnp.float32(0))
+        return ActorPolicy(actor=self.actor, noise_std=jnp.float32(0))
 
     def exploration_policy(self, key: Key) -> Policy:
         del key
-        return Policy(actor=self.actor, noise_std=jnp.float32(self.config.exploration_noise))
+        return ActorPolicy(actor=self.actor, noise_std=jnp.float32(self.config.exploration_noise))
 
     def target_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
         action = self.target_actor.act(obs, 0.0)

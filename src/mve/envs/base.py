@@ -10,7 +10,7 @@ import numpy as np
 
 from mve.types import Known, Transition
 
-# obs (S,) -> action (A,) in [-1, 1]
+# obs (S,) -> action (A,): in [-1, 1], or one-hot where the choice is among A
 HostPolicy: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 
@@ -33,7 +33,8 @@ class EnvSpec(NamedTuple):
     obs_size: int
     action_size: int
     max_episode_steps: int | None
-    known: Known  # true functions of (obs, action in [-1, 1], next_obs), where there are any
+    known: Known  # true functions of (obs, action as the agent's, next_obs), where there are any
+    discrete: bool = False  # actions are one-hot vectors: a choice among `action_size`
 
 
 class Episode(NamedTuple):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import gymnasium as gym
+import jax
 import jax.numpy as jnp
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 
 from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy
 from mve.envs.known import known_functions
 from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
+
+ActionSpace: TypeAlias = Box | Discrete
 
 LARGEST_SEED = 2**31 - 1
 EPISODE_STREAM = 1  # first word of the seeds of training episodes; evaluation and exploration have others
@@ -44,27 +48,45 @@ def episode_seed(stream: int, *words: int) -> int:
     return int(np.random.default_rng([stream, *words]).integers(LARGEST_SEED))
 
 
-def native_action(space: Box, action: np.ndarray) -> np.ndarray:
-    """Actions in [-1, 1] stretched over the box, whatever its limits, in its own type."""
+def action_size(space: ActionSpace) -> int:
+    """A: axes of a box, or actions to choose from."""
+    return int(space.n) if isinstance(space, Discrete) else space.shape[0]
+
+
+def native_action(space: ActionSpace, action: np.ndarray) -> Any:
+    """Actions as the environment takes them, in its own type: those in [-1, 1] stretched over the box,
+    whatever its limits; a one-hot vector as the number it stands for, without the last axis."""
+    if isinstance(space, Discrete):
+        return space.start + np.argmax(action, axis=-1).astype(space.dtype)
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     return np.clip(low + (action + 1.0) * 0.5 * (high - low), low, high).astype(space.dtype)
+
+
+def random_actions(space: ActionSpace, rng: np.random.Generator, count: int) -> np.ndarray:
+    """So many actions (count, A) as the agent's, each drawn uniformly."""
+    size = action_size(space)
+    if isinstance(space, Discrete):
+        return np.eye(size, dtype=np.float32)[rng.integers(size, size=count)]
+    return rng.uniform(-1.0, 1.0, (count, size)).astype(np.float32)
 
 
 def _one_line(x: object) -> str:
     return " ".join(str(x).split()) or type(x).__name__
 
 
-def _check_spaces(env: gym.Env, name: str) -> tuple[Box, Box]:
+def _check_spaces(env: gym.Env, name: str) -> tuple[Box, ActionSpace]:
     obs, action = env.observation_space, env.action_space
     if not isinstance(obs, Box) or len(obs.shape) != 1:
         raise UserError(
             f"{name}: observation space {_one_line(obs)} is not supported; it has to be a Box with one axis "
             "(wrap it with gymnasium.wrappers.FlattenObservation)"
         )
+    if isinstance(action, Discrete):
+        return obs, action
     if not isinstance(action, Box) or len(action.shape) != 1:
         raise UserError(
             f"{name}: action space {_one_line(action)} is not supported; "
-            "it has to be a Box with one axis (continuous control)"
+            "it has to be a Box with one axis (continuous control) or Discrete"
         )
     if not (
         np.isfinite(action.low).all() and np.isfinite(action.high).all() and (action.low < action.high).all()
@@ -76,12 +98,25 @@ def _check_spaces(env: gym.Env, name: str) -> tuple[Box, Box]:
     return obs, action
 
 
+def _native_on_device(space: ActionSpace) -> Callable[[jax.Array], jax.Array]:
+    """`native_action` in JAX, for actions that are within their limits already."""
+    if isinstance(space, Discrete):
+        return lambda action: int(space.start) + jnp.argmax(action, axis=-1)
+    low, high = jnp.float32(space.low), jnp.float32(space.high)
+
+    def native(action: jax.Array) -> jax.Array:
+        shape = action.shape
+        return jnp.broadcast_to(low, shape) + (action + 1.0) * jnp.broadcast_to(0.5 * (high - low), shape)
+
+    return native
+
+
 class HostEnv:
     """One Gymnasium environment, stepped on the host.
 
-    The agent's actions in [-1, 1] are stretched over the action box, whatever its limits. Every episode
-    is reset with a seed of its own, a function of the run's seed and the episode's number: an episode is
-    then the same whatever came before it.
+    The agent's actions in [-1, 1] are stretched over the action box, whatever its limits; one-hot ones are
+    turned into the environment's numbers. Every episode is reset with a seed of its own, a function of the
+    run's seed and the episode's number: an episode is then the same whatever came before it.
     """
 
     def __init__(
@@ -109,19 +144,15 @@ class HostEnv:
         self.spec = EnvSpec(
             name=name,
             obs_size=obs_space.shape[0],
-            action_size=action_space.shape[0],
+            action_size=action_size(action_space),
             max_episode_steps=limit,
-            known=self._with_scaled_actions(known),
+            known=self._of_agents_actions(known),
+            discrete=isinstance(action_space, Discrete),
         )
 
-    def _with_scaled_actions(self, known: Known) -> Known:
-        """The same functions for actions in [-1, 1]: outside this folder there is no other kind."""
-        low, high = jnp.float32(self._action_space.low), jnp.float32(self._action_space.high)
-
-        def native(action: Any) -> Any:
-            shape = action.shape
-            return jnp.broadcast_to(low, shape) + (action + 1.0) * jnp.broadcast_to(0.5 * (high - low), shape)
-
+    def _of_agents_actions(self, known: Known) -> Known:
+        """The same functions for actions as the agent's: outside this folder there is no other kind."""
+        native = _native_on_device(self._action_space)
         reward_fn, termination_fn = known
         reward = reward_fn and (lambda obs, action, next_obs: reward_fn(obs, native(action), next_obs))
         termination = termination_fn and (

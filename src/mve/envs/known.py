@@ -121,6 +121,48 @@ def _inverted_double_pendulum(env: Any, version: int) -> Known:
     return Known(_over_batch(reward), _over_batch(terminated))
 
 
+def _cart_pole(env: Any, _: int) -> Known:
+    """Ends when |x'| or |θ'| is beyond its threshold. r = 1; Sutton and Barto's form: 0, -1 at the end."""
+    PLACE, ANGLE = 0, 2
+    furthest, steepest = float(env.x_threshold), float(env.theta_threshold_radians)
+
+    def terminated(_: Array, __: Array, next_obs: Array) -> Array:
+        return (jnp.abs(next_obs[PLACE]) > furthest) | (jnp.abs(next_obs[ANGLE]) > steepest)
+
+    def reward(obs: Array, action: Array, next_obs: Array) -> Array:
+        if not env._sutton_barto_reward:
+            return jnp.ones(())
+        return jnp.where(terminated(obs, action, next_obs), -1.0, 0.0)
+
+    return Known(_over_choices(reward), _over_choices(terminated))
+
+
+def _acrobot(_: Any, __: int) -> Known:
+    """Ends when the tip swings above the bar: -cos θ1' - cos(θ1' + θ2') > 1. r = -1, and 0 at the end."""
+    COS_1, SIN_1, COS_2, SIN_2 = range(4)
+
+    def terminated(_: Array, __: Array, next_obs: Array) -> Array:
+        first = jnp.arctan2(next_obs[SIN_1], next_obs[COS_1])
+        second = jnp.arctan2(next_obs[SIN_2], next_obs[COS_2])
+        return -jnp.cos(first) - jnp.cos(first + second) > 1.0
+
+    def reward(obs: Array, action: Array, next_obs: Array) -> Array:
+        return jnp.where(terminated(obs, action, next_obs), 0.0, -1.0)
+
+    return Known(_over_choices(reward), _over_choices(terminated))
+
+
+def _mountain_car(env: Any, _: int) -> Known:
+    """Ends when the car is at the goal, x' >= goal, and at least as fast as was asked. r = -1."""
+    PLACE, SPEED = range(2)
+    goal, fast = float(env.goal_position), float(env.goal_velocity)
+
+    def terminated(_: Array, __: Array, next_obs: Array) -> Array:
+        return (next_obs[PLACE] >= goal) & (next_obs[SPEED] >= fast)
+
+    return Known(_over_choices(lambda _, __, ___: -jnp.ones(())), _over_choices(terminated))
+
+
 # Arms
 
 
@@ -309,6 +351,11 @@ def _over_batch(function: Scalar) -> Scalar:
     return jnp.vectorize(function, signature="(s),(a),(s)->()")
 
 
+def _over_choices(function: Scalar) -> Scalar:
+    """As `_over_batch` where an action is a number."""
+    return jnp.vectorize(function, signature="(s),(),(s)->()")
+
+
 _MUJOCO: dict[str, Builder] = {
     "ant:AntEnv": _ant,
     "half_cheetah:HalfCheetahEnv": _half_cheetah_or_swimmer,
@@ -322,6 +369,9 @@ _MUJOCO: dict[str, Builder] = {
     "walker2d:Walker2dEnv": _walker2d,
 }
 _BUILDERS: dict[str, tuple[Builder, int]] = {
+    "gymnasium.envs.classic_control.acrobot:AcrobotEnv": (_acrobot, 1),
+    "gymnasium.envs.classic_control.cartpole:CartPoleEnv": (_cart_pole, 1),
+    "gymnasium.envs.classic_control.mountain_car:MountainCarEnv": (_mountain_car, 0),
     "gymnasium.envs.classic_control.pendulum:PendulumEnv": (_pendulum, 1),
     **{
         f"gymnasium.envs.mujoco.{name.replace(':', f'_v{version}:')}": (build, version)
