@@ -18,7 +18,7 @@ import pytest
 
 from mve import imagine, targets
 from mve.targets import TargetsConfig
-from mve.types import Transition
+from mve.types import EstimatorFns, Transition
 
 STATES, ENSEMBLE, HORIZON = 100, 8, 5
 VALUE = np.arange(1.0, STATES + 1.0, dtype=np.float32)
@@ -75,7 +75,7 @@ def update(method: Method, table: jax.Array, key: jax.Array) -> jax.Array:
         value = table[:, obs[..., 0].astype(jnp.int32)]
         return value if config.keeps_members else jnp.mean(value, axis=0, keepdims=True)
 
-    rows = targets.estimate(batch, imagined, value_fn, config)
+    rows = targets.estimate(batch, imagined, EstimatorFns(value_fn), config)
     return table.at[jnp.arange(ENSEMBLE), state].set(rows.value)
 
 

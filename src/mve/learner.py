@@ -6,12 +6,13 @@ The names are Stable-Baselines3's (`learn`, `predict`, `save`, `load`), so that 
 from __future__ import annotations
 
 import copy
+import math
 import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from mve import checkpoint, config, log, plot, schedule, train
 from mve.config import Config
 from mve.dynamics import DynamicsConfig
 from mve.envs import host
-from mve.envs.base import EnvSpec, Episode
+from mve.envs.base import EnvSpec, Episode, HostPolicy
 from mve.envs.host import HostEnv
 from mve.envs.known import never
 from mve.evaluate import Evaluation, evaluate
@@ -219,7 +220,11 @@ class Learner:
         interval = self.config.evaluate.interval_steps
         while step < total and not self._stop:
             before, count = step, min(settings.block_steps, total - step)
-            block, ended = self._env.collect(self._acting(before), count)
+            act, log_density = self._acting(before)
+            block, ended = self._env.collect(act, count)
+            if self.config.targets.reads_segments:
+                behaviour = log_density(np.asarray(block.obs), np.asarray(block.action))
+                block = block._replace(log_density=behaviour)  # pyright: ignore[reportArgumentType]
             recent.extend(ended)
             step += count
             metrics = self._learn(block, before, step) or metrics
@@ -253,16 +258,20 @@ class Learner:
         numbers["mve/horizon"] = float(cfg.targets.imagined_steps)
         return numbers
 
-    def _acting(self, step: int) -> Any:
-        """What collects the block that starts at `step`: its draws depend on the seed and the step only."""
+    def _acting(self, step: int) -> tuple[HostPolicy, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
+        """What collects the block that starts at `step`, and the log-density of its actions.
+
+        Its draws depend on the seed and the step only.
+        """
         t, rng = self.config.train, np.random.default_rng([EXPLORATION_STREAM, self.config.seed, step])
         size = (t.block_steps, self.spec.action_size)
         if step < t.learning_starts and t.warmup == "uniform":
             actions = iter(rng.uniform(-1.0, 1.0, size).astype(np.float32))
-            return lambda obs: next(actions)
+            log_density = np.float32(-size[1] * math.log(2.0))  # of the cube [-1, 1]^A
+            return lambda obs: next(actions), lambda obs, action: np.full(len(obs), log_density)
         policy = _on_host(train.exploration_policy(self._state))
         noise = iter(rng.standard_normal(size, np.float32))
-        return lambda obs: policy(obs, next(noise))
+        return lambda obs: policy(obs, next(noise)), policy.log_density
 
     def _judge(self, records: log.RunLog, step: int) -> dict[str, float]:
         result = self._evaluate(None)  # warnings go to the run's own log

@@ -21,8 +21,21 @@ from mve.agents import Agent, AgentConfig
 from mve.dynamics import Dynamics, DynamicsConfig
 from mve.networks import Policy
 from mve.replay import Replay
-from mve.targets import TargetsConfig
-from mve.types import ActorValueFn, Key, Known, Metrics, ObjectiveFn, PolicyFn, StepFn, Transition
+from mve.targets import Calibration, TargetsConfig, calibration
+from mve.types import (
+    ActorValueFn,
+    CriticTargets,
+    EstimatorFns,
+    Imagined,
+    Key,
+    Known,
+    Metrics,
+    ObjectiveFn,
+    PolicyFn,
+    Segment,
+    StepFn,
+    Transition,
+)
 
 State = TypeVar("State")
 
@@ -55,6 +68,7 @@ class TrainState(eqx.Module):
 
     replay: Replay
     model: Dynamics | None  # None where the estimator imagines nothing
+    calibration: Calibration | None  # None where the estimator does not ask how wrong the model is
     agent: Agent
     num_env_steps: Array
     key: Key
@@ -66,6 +80,7 @@ def init(recipe: Recipe, capacity: int, seed: int) -> TrainState:
     return TrainState(
         replay=replay.init(capacity, *sizes),
         model=dynamics.init(recipe.dynamics, recipe.known, *sizes, model_key) if recipe.uses_model else None,
+        calibration=calibration.init(recipe.targets.horizon_steps) if recipe.targets.calibrates else None,
         agent=agents.init(recipe.agent, *sizes, agent_key),
         num_env_steps=jnp.int32(0),
         key=root,
@@ -78,23 +93,44 @@ def grow(state: TrainState, capacity: int) -> TrainState:
 
 
 def update_step(state: TrainState, recipe: Recipe, key: Key) -> tuple[Agent, Metrics]:
-    """One gradient step of the agent: sample, imagine, estimate, improve."""
+    """One gradient step of the agent: sample, imagine (or recall), estimate, improve."""
     sample_key, imagine_key, value_key, agent_key = jax.random.split(key, 4)
-    agent = state.agent
-    value_fn = lambda obs: agent.target_value(obs, value_key)  # noqa: E731
 
-    batch = replay.sample(state.replay, (recipe.agent.batch_size,), sample_key)
-    imagined = imagine.rollout(
-        _target_step(state, recipe),
-        agent.target_policy,
-        _start_obs(batch, recipe),
-        recipe.targets.imagined_steps,
-        imagine_key,
-    )
-    critic_targets = targets.estimate(batch, imagined, value_fn, recipe.targets)
-    agent, metrics = agent.update(critic_targets, batch.obs, _objective(state, recipe), agent_key)
+    batch, recalled = _recall(state.replay, recipe, sample_key)
+    ahead = imagine_ahead(state, recipe, batch, imagine_key) if recalled is None else recalled
+    critic_targets = targets.estimate(batch, ahead, estimator_fns(state, value_key), recipe.targets)
+    agent, metrics = state.agent.update(critic_targets, batch.obs, _objective(state, recipe), agent_key)
 
     return agent, metrics | _target_metrics(critic_targets, recipe)
+
+
+def _recall(memory: Replay, recipe: Recipe, key: Key) -> tuple[Transition, Segment | None]:
+    """Real transitions, and what really followed them if the estimator reads that."""
+    if not recipe.targets.reads_segments:
+        return replay.sample(memory, (recipe.agent.batch_size,), key), None
+    num_rows = recipe.targets.horizon_steps + 1
+    segment = replay.sample_segments(memory, recipe.agent.batch_size, num_rows, key)
+    return jax.tree.map(lambda x: x[0], segment.rows), jax.tree.map(lambda x: x[1:], segment)
+
+
+def imagine_ahead(state: TrainState, recipe: Recipe, batch: Transition, key: Key) -> Imagined:
+    """What the target policy would do next, in the model, from the real next states."""
+    policy = state.agent.target_policy
+    if recipe.targets.shares_draws:
+        policy = jax.vmap(policy, in_axes=(0, None))
+    start = _start_obs(batch, recipe)
+    return imagine.rollout(_target_step(state, recipe), policy, start, recipe.targets.imagined_steps, key)
+
+
+def estimator_fns(state: TrainState, key: Key) -> EstimatorFns:
+    """What the agent, and the measured errors of the model, answer an estimator."""
+    agent, measured = state.agent, state.calibration
+    return EstimatorFns(
+        value=lambda obs: agent.target_value(obs, key),
+        action_value=agent.target_action_value,
+        log_density=agent.log_density,
+        squared_error=None if measured is None else partial(calibration.squared_error, measured),
+    )
 
 
 def _start_obs(batch: Transition, recipe: Recipe) -> Array:
@@ -140,9 +176,10 @@ def _objective(state: TrainState, recipe: Recipe) -> ObjectiveFn:
     return expanded
 
 
-def _target_metrics(critic_targets: targets.CriticTargets, recipe: Recipe) -> Metrics:
+def _target_metrics(critic_targets: CriticTargets, recipe: Recipe) -> Metrics:
     real, imagined = jnp.split(critic_targets.value, [recipe.agent.batch_size])
     metrics = {"train/target_mean": jnp.mean(real), "train/target_std": jnp.std(real)}
+    metrics |= {f"mve/weight_k{k}": weight for k, weight in enumerate(critic_targets.horizon_weight)}
     if imagined.size:
         weight = critic_targets.weight[recipe.agent.batch_size :]
         alive = weight > 0
@@ -151,6 +188,26 @@ def _target_metrics(critic_targets: targets.CriticTargets, recipe: Recipe) -> Me
         )
         metrics["mve/alive_fraction"] = jnp.mean(alive, dtype=jnp.float32)
     return metrics
+
+
+def _calibrated(
+    state: TrainState, block: Transition, num_rows: Array, recipe: Recipe, key: Key
+) -> Calibration:
+    """The model's errors on a block that it has not seen yet; nothing before the model is first fitted."""
+    model_key, value_key = jax.random.split(key)
+    assert state.calibration is not None
+    seen = calibration.replay(
+        _target_step(state, recipe),
+        estimator_fns(state, value_key),
+        block,
+        num_rows,
+        recipe.dynamics.members,
+        recipe.targets,
+        model_key,
+    )
+    observed = calibration.observe(state.calibration, seen, recipe.targets.calibration_decay)
+    was_fitted = state.num_env_steps > recipe.dynamics.learning_starts
+    return jax.tree.map(partial(jnp.where, was_fitted), observed, state.calibration)
 
 
 def fit_step(model: Dynamics, memory: Replay, recipe: Recipe, key: Key) -> tuple[Dynamics, Metrics]:
@@ -168,8 +225,11 @@ def learn(
     The counts are traced, not static: the block that only remembers, the first fit and the steady state
     are one compilation. Metrics are means over the updates; `state` is donated.
     """
-    fit_key, update_key = jax.random.split(_key_of_step(state, LEARN))
+    fit_key, update_key, replay_key = jax.random.split(_key_of_step(state, LEARN), 3)
     metrics: Metrics = {}
+    if state.calibration is not None:
+        measured = _calibrated(state, block, num_rows, recipe, replay_key)
+        state, metrics = replace(state, calibration=measured), calibration.metrics(measured)
 
     model, memory = state.model, state.replay
     if model is not None:
