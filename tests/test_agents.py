@@ -18,6 +18,7 @@ from mve.agents.td3 import TD3
 from mve.config import build
 from mve.dynamics import DynamicsConfig
 from mve.networks import MLP, EpsilonGreedy, GaussianActor
+from mve.state import Capacity, Recipe, initial_state
 from mve.targets import TargetsConfig
 from mve.types import CriticTargets, Known, Transition, UserError
 
@@ -322,7 +323,7 @@ def test_dqn_has_no_actor_to_differentiate_through_the_model() -> None:
 def test_a_horizon_of_zero_trains_the_base_learner_bit_for_bit(name: str, estimator: str) -> None:
     results = []
     for settings in ({"estimator": "one_step"}, {"estimator": estimator, "horizon_steps": 0}):
-        recipe = train.Recipe(
+        recipe = Recipe(
             obs_size=OBS,
             action_size=ACTION,
             known=Known(),
@@ -330,7 +331,7 @@ def test_a_horizon_of_zero_trains_the_base_learner_bit_for_bit(name: str, estima
             dynamics=DynamicsConfig(hidden=(16,)),
             targets=TargetsConfig(**settings),  # pyright: ignore
         )
-        state = train.init(recipe, train.Capacity(100), seed=0)
+        state = initial_state(recipe, Capacity(100), seed=0)
         for block in range(3):
             rng = np.random.default_rng(block)
             f32 = np.float32

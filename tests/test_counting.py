@@ -26,6 +26,7 @@ from mve.types import Transition, UserError
 BLOCK = 7
 CAPACITY = 20
 ADD, SAMPLE = jax.jit(replay.add), jax.jit(replay.sample, static_argnums=1)
+SEGMENTS = jax.jit(replay.sample_segments, static_argnums=(1, 2))
 LENGTHS = (3, 5, 1, 4, 9)  # of the episodes; even ones terminate, odd ones are truncated
 
 
@@ -146,6 +147,38 @@ def test_a_grown_ring_keeps_its_rows_and_their_order(num_steps: int) -> None:
     order = (np.arange(len(kept) + 2 * BLOCK))[-33:] % 33
     expected = np.concatenate([kept, np.arange(1, 2 * BLOCK + 1)])[-33:]
     np.testing.assert_array_equal(more.rows.step[order], expected)
+
+
+# --- Segments ---
+
+
+def test_segments_count_up_to_the_end_of_their_episode_or_the_newest_row() -> None:
+    for num_steps in (CAPACITY - 3, CAPACITY, 2 * CAPACITY + 12):
+        segment = SEGMENTS(remembered(num_steps), 300, 6, jax.random.key(0))
+        rows, valid = jax.tree.map(np.asarray, segment)
+        assert rows.obs.shape == (6, 300, 2)
+        assert valid[0].all()
+        assert_is_counting(jax.tree.map(lambda x, valid=valid: x[valid], rows))
+        length = np.array(LENGTHS)[rows.episode[0] % len(LENGTHS)]
+        left = np.minimum(length - rows.obs[0, :, 0], num_steps - rows.step[0] + 1)
+        np.testing.assert_array_equal(valid.sum(axis=0), np.minimum(left, 6))
+        np.testing.assert_array_equal(np.sort(valid, axis=0)[::-1], valid)  # one stretch, from the first row
+        assert len(np.unique(rows.step[0])) == min(num_steps, CAPACITY)
+
+
+def test_segments_are_drawn_as_single_rows_are() -> None:
+    memory = remembered(CAPACITY)
+    segment = SEGMENTS(memory, 30, 3, jax.random.key(0))
+    np.testing.assert_array_equal(segment.rows.step[0], SAMPLE(memory, (30,), jax.random.key(0)).step)
+
+
+def test_a_ring_as_short_as_a_segment_never_takes_the_oldest_row_for_the_next() -> None:
+    # One long episode fills the ring: after the newest row comes the oldest, of the same episode.
+    memory = replay.init(4, 2, 1)
+    block, _ = HostEnv(Counting((50,)), seed=0).collect(do_nothing, BLOCK)
+    memory = ADD(memory, block, np.ones(BLOCK, bool))
+    segment = SEGMENTS(memory, 50, 7, jax.random.key(0))
+    np.testing.assert_array_equal(segment.valid.sum(axis=0), BLOCK + 1 - segment.rows.step[0])
 
 
 # --- The boundary: actions, spaces, seeds, mistakes ---

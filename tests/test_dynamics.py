@@ -21,7 +21,7 @@ from environments import LinearSystem, linear_system
 from mve import dynamics, imagine, targets
 from mve.dynamics import Dynamics, DynamicsConfig, Normaliser
 from mve.targets import TargetsConfig
-from mve.types import Known, Transition
+from mve.types import EstimatorFns, Known, Transition
 
 CONFIG = DynamicsConfig(hidden=(64,), members=3, learning_rate=3e-3, batch_size=128)
 LEARNED = Known()
@@ -348,7 +348,9 @@ def test_an_oracle_and_exact_values_leave_no_error_in_any_target(horizon: int, e
     obs, action = (rng.normal(size=(32, n)).astype(np.float32) for n in (2, 1))
     batch = rows_of(obs, action, system.reward(obs, action), system.next_obs(obs, action))
     config = TargetsConfig(estimator=estimator, horizon_steps=horizon, discount=system.discount)  # pyright: ignore[reportArgumentType]
-    rows = targets.estimate(batch, oracle(system, batch.next_obs, horizon), exact(system), config)
+    rows = targets.estimate(
+        batch, oracle(system, batch.next_obs, horizon), EstimatorFns(exact(system)), config
+    )
     value = system.reward(rows.obs, rows.action) + system.discount * system.value(
         system.next_obs(rows.obs, rows.action)
     )

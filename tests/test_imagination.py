@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from environments import linear_system
 
-from mve import imagine, replay, schedule, train
+from mve import experience, imagine, replay, schedule, train
 from mve.agents.ddpg import DDPGConfig
 from mve.config import build
 from mve.dynamics import DynamicsConfig
 from mve.imagine import ImaginationConfig
 from mve.replay import Replay
+from mve.state import Capacity, Recipe, TrainState, initial_state
 from mve.targets import TargetsConfig
-from mve.train import Capacity, Recipe, TrainState
 from mve.types import Known, Transition
 
 STARTS, BATCH, ROWS = 6, 40, 16
-BRANCH = jax.jit(train.branch, static_argnums=1)
-SAMPLE = jax.jit(train.sample_batch, static_argnums=1)
+BRANCH = jax.jit(experience.branch, static_argnums=1)
+SAMPLE = jax.jit(experience.sample_batch, static_argnums=1)
 GROW = ImaginationConfig(starts=STARTS, length=(1, 15), length_ramp=(20_000, 150_000))
 LINEAR = linear_system()
 
@@ -44,7 +44,7 @@ def recipe(ends_above: float = np.inf, **imagination: object) -> Recipe:
 
 def state_of(ours: Recipe) -> TrainState:
     """Real rows are marked by their reward, -1, and by an action that no policy takes, 2."""
-    state = train.init(ours, Capacity(ROWS, ours.imagination.capacity), seed=0)
+    state = initial_state(ours, Capacity(ROWS, ours.imagination.capacity), seed=0)
     obs = jax.random.normal(jax.random.key(1), (ROWS, 2))
     ones = jnp.ones(ROWS)
     rows = Transition(
@@ -127,7 +127,9 @@ def test_whole_updates_are_real_or_imagined_in_the_given_share() -> None:
     ours = recipe(real_share=0.2, mixed_by="update")
     state = filled(state_of(ours), ours)
     keys = jax.random.split(jax.random.key(4), 200)
-    action = np.asarray(jax.jit(jax.vmap(lambda k: train.sample_batch(state, ours, k).action[:, 0]))(keys))
+    action = np.asarray(
+        jax.jit(jax.vmap(lambda k: experience.sample_batch(state, ours, k).action[:, 0]))(keys)
+    )
     is_real = action == 2.0
     assert (is_real.all(axis=1) | ~is_real.any(axis=1)).all()
     assert 0.1 < is_real[:, 0].mean() < 0.3

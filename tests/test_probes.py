@@ -22,15 +22,15 @@ from mve.agents import AGENTS, Agent
 from mve.dynamics import Dynamics, DynamicsConfig
 from mve.envs.host import HostEnv, random_actions
 from mve.replay import Replay
+from mve.state import Capacity, Recipe, TrainState, initial_state
 from mve.targets import TargetsConfig
-from mve.train import Capacity, Recipe, TrainState
 from mve.types import Known
 
 GAMMA = 0.5
 ROWS = 256
 FITS, UPDATES = 300, 1000
 VALUE_TOLERANCE, ACTION_TOLERANCE = 0.06, 0.1  # values lie within [-2, 2], actions within [-1, 1]
-INIT = jax.jit(train.init, static_argnums=(0, 1, 2))
+INIT = jax.jit(initial_state, static_argnums=(0, 1, 2))
 MODEL = jax.jit(dynamics.init, static_argnums=(0, 1, 2, 3))
 
 EXACT_AGENTS = {  # nothing that blurs Q: no smoothing noise; hardly any entropy bonus, for good

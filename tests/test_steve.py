@@ -15,14 +15,14 @@ from test_targets import GAMMA, config, transition, value_fn
 from mve import dynamics, replay, targets, train
 from mve.agents import AGENTS
 from mve.dynamics import Dynamics, DynamicsConfig
+from mve.state import Capacity, Recipe, initial_state
 from mve.targets import TargetsConfig
-from mve.train import Capacity, Recipe
-from mve.types import CriticTargets, Imagined, Known, Transition
+from mve.types import CriticTargets, EstimatorFns, Imagined, Known, Transition
 
 ESTIMATE = jax.jit(targets.estimate, static_argnums=(2, 3))
 MEMBER_STEP = jax.jit(dynamics.member_step, static_argnums=(1, 2))
 STEP = jax.jit(dynamics.step, static_argnums=(1, 2))
-INIT = jax.jit(train.init, static_argnums=(0, 1, 2))
+INIT = jax.jit(initial_state, static_argnums=(0, 1, 2))
 UPDATE = jax.jit(train.update_step, static_argnums=1)
 VARIANTS = ["steve", "steve_mean", "steve_cov"]
 MODEL = DynamicsConfig(hidden=(8,), members=3, batch_size=8)
@@ -42,11 +42,10 @@ def imagined(reward: np.ndarray, continuation: np.ndarray | None = None, bonus: 
 
 
 def estimate(estimator: str, batch: Transition, rollout: Imagined) -> CriticTargets:
-    return ESTIMATE(batch, rollout, value_fn, config(estimator))
+    return ESTIMATE(batch, rollout, EstimatorFns(value_fn), config(estimator))
 
 
-def one_critic(obs: jax.Array) -> jax.Array:
-    return value_fn(obs)[:1]
+ONE_CRITIC = EstimatorFns(lambda obs: value_fn(obs)[:1])
 
 
 def random_case(seed: int, horizon: int = 3, rows: int = 5) -> tuple[Transition, Imagined]:
@@ -115,23 +114,23 @@ def test_members_that_differ_alike_at_every_horizon_get_equal_weights(estimator:
     # gamma 1, rewards 0, and no termination: C_k = v_n(s_k); the critics are 4 apart at every s_k.
     rollout = imagined(np.zeros((3, 1, 2, 4)))
     settings = TargetsConfig(estimator=estimator, discount=1.0)  # pyright: ignore[reportArgumentType]
-    rows = ESTIMATE(transition([1.0] * 4, [1.0] * 4), rollout, value_fn, settings)
+    rows = ESTIMATE(transition([1.0] * 4, [1.0] * 4), rollout, EstimatorFns(value_fn), settings)
     np.testing.assert_allclose(rows.value, 1.0 + 18.0 + 1.5, rtol=1e-5)
 
 
 def test_one_critic_and_one_member_weigh_all_horizons_alike() -> None:
     batch, rollout = random_case(0)
     alone = jax.tree.map(lambda x: x[:, :1], rollout)._replace(reward=rollout.reward[:, :1, :1])
-    steve, mean = (ESTIMATE(batch, alone, one_critic, config(e)) for e in ("steve", "steve_mean"))
+    steve, mean = (ESTIMATE(batch, alone, ONE_CRITIC, config(e)) for e in ("steve", "steve_mean"))
     np.testing.assert_allclose(steve.value, mean.value, rtol=1e-5)
 
 
 def test_one_critic_and_several_members_leave_one_step_only() -> None:
     batch, rollout = random_case(1)
     same_start = rollout._replace(obs=rollout.obs.at[0].set(rollout.obs[0, :1]))
-    steve = ESTIMATE(batch, same_start, one_critic, config("steve"))
+    steve = ESTIMATE(batch, same_start, ONE_CRITIC, config("steve"))
     first_member = Imagined(*(x[:, 0] for x in same_start))
-    one_step = ESTIMATE(batch, first_member, one_critic, config("one_step"))
+    one_step = ESTIMATE(batch, first_member, ONE_CRITIC, config("one_step"))
     np.testing.assert_allclose(steve.value, one_step.value, rtol=1e-5, atol=1e-5)
 
 
@@ -140,15 +139,17 @@ def test_a_horizon_of_zero_is_one_step_for_a_single_critic(estimator: str) -> No
     batch, rollout = random_case(2)
     start = rollout.obs[:1, :1]
     nothing = jax.tree.map(lambda x: x[:0, :1], rollout)._replace(obs=start, reward=jnp.zeros((0, 1, 1, 5)))
-    got = ESTIMATE(batch, nothing, one_critic, config(estimator))
-    one_step = ESTIMATE(batch, Imagined(*(x[:, 0] for x in nothing)), one_critic, config("one_step"))
+    got = ESTIMATE(batch, nothing, ONE_CRITIC, config(estimator))
+    one_step = ESTIMATE(batch, Imagined(*(x[:, 0] for x in nothing)), ONE_CRITIC, config("one_step"))
     np.testing.assert_allclose(got.value, one_step.value, rtol=1e-6)
 
 
 @pytest.mark.parametrize("estimator", VARIANTS)
 def test_exact_values_leave_nothing_to_weigh(estimator: str) -> None:
     exact = lambda obs: jnp.full((2, *obs.shape[:-1]), 2.0)  # noqa: E731
-    rows = ESTIMATE(transition([1.0], [1.0]), imagined(np.ones((5, 2, 2, 1))), exact, config(estimator))
+    rows = ESTIMATE(
+        transition([1.0], [1.0]), imagined(np.ones((5, 2, 2, 1))), EstimatorFns(exact), config(estimator)
+    )
     np.testing.assert_allclose(rows.value, 2.0, rtol=1e-6)
 
 

@@ -22,7 +22,7 @@ from environments import LinearSystem, linear_system
 
 from mve import imagine, targets
 from mve.targets import TargetsConfig
-from mve.types import Imagined, Transition
+from mve.types import EstimatorFns, Imagined, Transition
 
 GAMMA = 0.9
 LONGEST = 30
@@ -112,7 +112,7 @@ def test_with_a_perfect_model_row_t_of_tdk_carries_the_critics_error_times_gamma
     )
     rollout = imagined(system, start, horizon)
     config = TargetsConfig(estimator="mve_tdk", horizon_steps=horizon, discount=GAMMA)
-    rows = targets.estimate(batch, rollout, lambda obs: value_fn(obs)[None], config)
+    rows = targets.estimate(batch, rollout, EstimatorFns(lambda obs: value_fn(obs)[None]), config)
     y = rows.value.reshape(horizon + 1, ROWS)
 
     critic_error = value_fn(rollout.obs[-1]) - system.value(rollout.obs[-1])

@@ -4,12 +4,14 @@ After the toy of Buckman et al. 2018 (section 4.1): 100 states in a row, -1 a st
 gamma = 1, so that V(s) = s + 1; ensembles of 8 tables and 8 models, H = 5. A noisy model teleports one step
 in ten. Tables start at random; an update moves one random state of each table to its target. Judged is the
 squared error of the tables' mean.
+
+A shared model takes one wrong step, from SLIP to far ahead, and all its members agree on it.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +19,35 @@ import numpy as np
 import pytest
 
 from mve import imagine, targets
-from mve.targets import TargetsConfig
-from mve.types import Transition
+from mve.targets import Calibration, TargetsConfig, calibration
+from mve.targets.calibration import squared_error
+from mve.types import EstimatorFns, Transition
 
 STATES, ENSEMBLE, HORIZON = 100, 8, 5
 VALUE = np.arange(1.0, STATES + 1.0, dtype=np.float32)
 TELEPORTS = 0.1
+SLIP, SLIPS_TO = 30.0, 80.0
+REPLAYED = 10  # real steps in the block on which the model is judged before every update
 
 
 class Method(NamedTuple):
     estimator: str
-    noisy: bool = False
+    model: Literal["true", "noisy", "slips"] = "true"
 
 
-Q, MVE_ORACLE, MVE_NOISY = Method("one_step"), Method("mve"), Method("mve", noisy=True)
-STEVE_ORACLE, STEVE_NOISY = Method("steve"), Method("steve", noisy=True)
+Q, MVE_ORACLE, MVE_NOISY = Method("one_step"), Method("mve"), Method("mve", "noisy")
+STEVE_ORACLE, STEVE_NOISY = Method("steve"), Method("steve", "noisy")
 
 
 def chain_step(
-    noisy: bool, obs: jax.Array, action: jax.Array, key: jax.Array
+    model: str, obs: jax.Array, action: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """To the right; the end is state 100, whose table entry stays 0. A teleport never ends anything."""
     del action
     next_obs = jnp.minimum(obs + 1.0, STATES)
-    if noisy:
+    if model == "slips":
+        next_obs = jnp.where(obs == SLIP, SLIPS_TO, next_obs)
+    if model == "noisy":
         whether_key, where_key = jax.random.split(key)
         teleported = jax.random.bernoulli(whether_key, TELEPORTS, obs.shape)
         anywhere = jax.random.randint(where_key, obs.shape, 0, STATES).astype(obs.dtype)
@@ -49,34 +56,70 @@ def chain_step(
     return next_obs, jnp.where(ended, 100.0, -1.0), 1.0 - ended.astype(jnp.float32)
 
 
-def update(method: Method, table: jax.Array, key: jax.Array) -> jax.Array:
-    """One random state of each table takes its estimated target for a value."""
-    sample_key, imagine_key = jax.random.split(key)
-    state = jax.random.randint(sample_key, (ENSEMBLE,), 0, STATES)
-    obs, action = state[:, None].astype(jnp.float32), jnp.zeros((ENSEMBLE, 1))
-    next_obs, reward, continuation = chain_step(False, obs, action, key=None)  # pyright: ignore
-    batch = Transition(
-        obs, action, reward, next_obs, continuation, episode=state, step=state, log_density=reward
-    )
+def member_step(
+    model: str, obs: jax.Array, action: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same where members are kept apart: the reward is known, so there is one reward model."""
+    next_obs, reward, continuation = chain_step(model, obs, action, key)
+    return next_obs, reward[None], continuation
 
-    config = TargetsConfig(estimator=method.estimator, horizon_steps=HORIZON, discount=1.0)  # pyright: ignore
-    start = jnp.broadcast_to(next_obs, (ENSEMBLE, *next_obs.shape)) if config.keeps_members else next_obs
+
+def ask(method: Method, table: jax.Array, known: Calibration) -> EstimatorFns:
+    """STEVE has every table for a critic; all others have their mean."""
+
+    def value(obs: jax.Array) -> jax.Array:
+        value = table[:, obs[..., 0].astype(jnp.int32)]
+        return value if method.estimator == "steve" else jnp.mean(value, axis=0, keepdims=True)
+
+    return EstimatorFns(value, lambda obs, action: value(obs), None, partial(squared_error, known))
+
+
+def measured(method: Method, table: jax.Array, known: Calibration, key: jax.Array) -> Calibration:
+    """The model judged on some real steps in a row, from anywhere."""
+    place_key, model_key = jax.random.split(key)
+    first = jax.random.randint(place_key, (), 0, STATES - REPLAYED + 1)
+    obs = (first + jnp.arange(REPLAYED)).astype(jnp.float32)[:, None]
+    block, num_rows = real_steps(obs), jnp.int32(REPLAYED)
+    step_fn, config = partial(member_step, method.model), settings(method)
+    seen = calibration.replay(
+        step_fn, ask(method, table, known), block, num_rows, ENSEMBLE, config, model_key
+    )
+    return calibration.observe(known, seen, config.calibration_decay)
+
+
+def real_steps(obs: jax.Array) -> Transition:
+    action, same = jnp.zeros_like(obs), jnp.zeros(len(obs), jnp.int32)
+    next_obs, reward, continuation = chain_step("true", obs, action, key=None)  # pyright: ignore
+    return Transition(obs, action, reward, next_obs, continuation, same, same, jnp.zeros_like(reward))
+
+
+def settings(method: Method) -> TargetsConfig:
+    return TargetsConfig(estimator=method.estimator, horizon_steps=HORIZON, discount=1.0)  # pyright: ignore
+
+
+State = tuple[jax.Array, Calibration]
+
+
+def update(method: Method, state: State, key: jax.Array) -> State:
+    """One random state of each table takes its estimated target for a value."""
+    sample_key, imagine_key, measure_key = jax.random.split(key, 3)
+    table, known = state
+    place = jax.random.randint(sample_key, (ENSEMBLE,), 0, STATES)
+    batch, config = real_steps(place[:, None].astype(jnp.float32)), settings(method)
+    if config.calibrates:
+        known = measured(method, table, known, measure_key)
+    start = batch.next_obs
+    if config.keeps_members:
+        start = jnp.broadcast_to(start, (ENSEMBLE, *start.shape))
     imagined = imagine.rollout(
-        partial(chain_step, method.noisy),
+        partial(member_step if config.keeps_members else chain_step, method.model),
         lambda obs, _: (jnp.zeros_like(obs), jnp.zeros(obs.shape[:-1])),
         start,
         config.imagined_steps,
         imagine_key,
     )
-    if config.keeps_members:  # the reward is known: one reward model
-        imagined = imagined._replace(reward=imagined.reward[:, None])
-
-    def value_fn(obs: jax.Array) -> jax.Array:
-        value = table[:, obs[..., 0].astype(jnp.int32)]
-        return value if config.keeps_members else jnp.mean(value, axis=0, keepdims=True)
-
-    rows = targets.estimate(batch, imagined, value_fn, config)
-    return table.at[jnp.arange(ENSEMBLE), state].set(rows.value)
+    rows = targets.estimate(batch, imagined, ask(method, table, known), config)
+    return table.at[jnp.arange(ENSEMBLE), place].set(rows.value), known
 
 
 @partial(jax.jit, static_argnames=("method", "num_updates"))
@@ -88,15 +131,16 @@ def value_errors(method: Method, seeds: jax.Array, num_updates: int) -> jax.Arra
         table = jax.random.uniform(table_key, (ENSEMBLE, STATES), maxval=STATES)
         table = jnp.concatenate([table, jnp.zeros((ENSEMBLE, 1))], axis=1)
 
-        def one(table: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-            return update(method, table, jax.random.fold_in(update_key, i)), None
+        def one(state: State, i: jax.Array) -> tuple[State, None]:
+            return update(method, state, jax.random.fold_in(update_key, i)), None
 
-        def thousand(table: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
-            table, _ = jax.lax.scan(one, table, numbers)
-            return table, error(table)
+        def thousand(state: State, numbers: jax.Array) -> tuple[State, jax.Array]:
+            state, _ = jax.lax.scan(one, state, numbers)
+            return state, error(state[0])
 
+        start = table, calibration.init(HORIZON)
         numbers = jnp.arange(num_updates).reshape(-1, 1000)
-        return jnp.concatenate([error(table)[None], jax.lax.scan(thousand, table, numbers)[1]])
+        return jnp.concatenate([error(table)[None], jax.lax.scan(thousand, start, numbers)[1]])
 
     def error(table: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(jnp.mean(table[:, :-1], axis=0) - VALUE))

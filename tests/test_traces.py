@@ -12,8 +12,9 @@ from mve import train
 from mve.agents import Agent
 from mve.agents.sac import SACConfig
 from mve.dynamics import DynamicsConfig
+from mve.state import Capacity, Recipe, TrainState, initial_state
 from mve.targets import TargetsConfig
-from mve.train import Capacity, Due, Recipe, TrainState
+from mve.train import Due
 from mve.types import Known, Transition
 
 BLOCK = 10
@@ -46,7 +47,7 @@ def block(number: int) -> Transition:
 
 
 def run(seed: int, blocks: int = 4) -> TrainState:
-    state = train.init(recipe(), capacity=Capacity(100), seed=seed)
+    state = initial_state(recipe(), capacity=Capacity(100), seed=seed)
     for i in range(blocks):
         rows, fits, updates = BLOCK - (i == blocks - 1), 3 * (i > 0), 2 * (i > 1)
         state, _ = train.learn(state, block(i), Due.of(rows=rows, fits=fits, updates=updates), recipe())
@@ -75,7 +76,7 @@ def test_two_seeds_differ(trained: TrainState) -> None:
 
 
 def test_a_larger_ring_changes_nothing_that_is_learned(trained: TrainState) -> None:
-    state = train.init(recipe(), capacity=Capacity(150), seed=0)
+    state = initial_state(recipe(), capacity=Capacity(150), seed=0)
     for i in range(4):
         state, _ = train.learn(
             state, block(i), Due.of(rows=BLOCK - (i == 3), fits=3 * (i > 0), updates=2 * (i > 1)), recipe()

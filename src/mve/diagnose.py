@@ -2,7 +2,8 @@
 
 Episodes are played with the target policy, the one whose value the critic is asked for (SAC: the Gaussian
 actor; TD3: the smoothed slow actor; DDPG: the slow actor; DQN: the choice of the current critic or, if not
-double, of the slow one). What they pay is then an unbiased sample of that value, b being the bonus of acting (SAC's entropy term):
+double, of the slow one). What they pay is then an unbiased sample of that value, b being the bonus of acting
+(SAC's entropy term):
 
     G_t = r_t + gamma c_t (b_{t+1} + G_{t+1}).
 
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mve import log, measure, picture, targets
+from mve import log, measure, picture
 from mve.agents import Agent
 from mve.dynamics import Dynamics
 from mve.envs import host
@@ -148,13 +149,13 @@ def _values(learner: Learner, played: Played, starts: np.ndarray, deepest: int) 
     kept = starts[tail[starts] <= LARGEST_TAIL]
     kept = kept if len(kept) else starts
     rows: Transition = jax.tree.map(lambda x: jnp.asarray(x[kept]), played.rows)
-    earned, used = earned[kept], recipe.targets.imagined_steps
+    earned, used = earned[kept], max(recipe.targets.imagined_steps, recipe.targets.recalled_steps)
     critic = np.asarray(measure.critic_values(agent, rows.obs, rows.action))
     by_horizon = np.asarray(measure.targets_by_horizon(agent, model, recipe, rows, deepest))
     scores = [measure.score(target, earned) for target in by_horizon]
-    weights = targets.fixed_weights(recipe.targets)
-    # Where every state has weights of its own, they are not known here: the deepest candidate stands in.
-    target = by_horizon[used] if weights is None else np.tensordot(weights, by_horizon[: used + 1], axes=1)
+    everything: Transition = jax.tree.map(jnp.asarray, played.rows)
+    estimated = measure.estimated_targets(learner._state, recipe, everything, jnp.asarray(kept))
+    target, weights = np.asarray(estimated.value)[: len(kept)], plain(estimated.horizon_weight)
     shown = _thinned(np.arange(len(kept)), SAMPLES)
     return {
         "scored": len(kept),
@@ -167,7 +168,7 @@ def _values(learner: Learner, played: Played, starts: np.ndarray, deepest: int) 
             **{name: [score[name] for score in scores] for name in scores[0]},
         },
         "best_horizon": int(np.argmin(np.mean((by_horizon - earned) ** 2, axis=1))),
-        "horizon_weights": None if weights is None else weights + [0.0] * (len(scores) - len(weights)),
+        "horizon_weights": weights + [0.0] * (len(scores) - len(weights)),
         "samples": {
             "return": plain(earned[shown]),
             "critic": plain(critic[shown]),

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +26,14 @@ from mve import checkpoint, config, log, plot, schedule, train
 from mve.config import Config
 from mve.dynamics import DynamicsConfig
 from mve.envs import host
-from mve.envs.base import EnvSpec, Episode
+from mve.envs.base import EnvSpec, Episode, HostPolicy
 from mve.envs.host import HostEnv
 from mve.envs.known import never
 from mve.evaluate import Evaluation, evaluate
 from mve.networks import Policy
 from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO
-from mve.train import Capacity, Due, Recipe
+from mve.state import Capacity, Recipe, grown, initial_state
+from mve.train import Due
 from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
 
 EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
@@ -75,7 +76,7 @@ class Learner:
             self._set_up(built, instance, eval_env, reward_fn, termination_fn, quiet)
         self.folder = Path(run_dir) if run_dir is not None else _free_folder(self.spec.name, built)
         self._fresh = True
-        self._state = train.init(self._recipe, self._capacity(), seed)
+        self._state = initial_state(self._recipe, self._capacity(), seed)
 
     def _set_up(
         self,
@@ -221,7 +222,7 @@ class Learner:
         self._open_folder()
         if not self._quiet:
             print(self.describe(), file=sys.stderr)
-        self._state = train.grow(self._state, self._capacity())
+        self._state = grown(self._state, self._capacity())
         total = self.config.train.total_steps
         log.RunLog.truncate(self.folder, self.num_timesteps)
         records = log.RunLog(self.folder, total, quiet=self._quiet)
@@ -239,7 +240,11 @@ class Learner:
         interval = self.config.evaluate.interval_steps
         while step < total and not self._stop:
             before, count = step, min(settings.block_steps, total - step)
-            block, ended = self._env.collect(self._acting(before), count)
+            act, log_density = self._acting(before)
+            block, ended = self._env.collect(act, count)
+            if self.config.targets.reads_segments:
+                behaviour = log_density(np.asarray(block.obs), np.asarray(block.action))
+                block = block._replace(log_density=behaviour)  # pyright: ignore[reportArgumentType]
             recent.extend(ended)
             step += count
             metrics = metrics | self._learn(block, before, step)
@@ -279,15 +284,19 @@ class Learner:
         numbers["mve/horizon"] = float(cfg.targets.imagined_steps)
         return numbers
 
-    def _acting(self, step: int) -> Any:
-        """What collects the block that starts at `step`: its draws depend on the seed and the step only."""
+    def _acting(self, step: int) -> tuple[HostPolicy, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
+        """What collects the block that starts at `step`, and the log-density of its actions.
+
+        Its draws depend on the seed and the step only.
+        """
         t, rng = self.config.train, np.random.default_rng([EXPLORATION_STREAM, self.config.seed, step])
         if step < t.learning_starts and t.warmup == "uniform":
             actions = iter(host.random_actions(self._action_space(), rng, t.block_steps))
-            return lambda obs: next(actions)
+            log_density = host.random_log_density(self._action_space())
+            return lambda obs: next(actions), lambda obs, action: np.full(len(obs), log_density, np.float32)
         policy = _on_host(train.exploration_policy(self._state))
         noise = iter(rng.standard_normal((t.block_steps, self.spec.action_size), np.float32))
-        return lambda obs: policy(obs, next(noise))
+        return lambda obs: policy(obs, next(noise)), policy.log_density
 
     def _judge(self, records: log.RunLog, step: int) -> dict[str, float]:
         result = self._evaluate(None)  # warnings go to the run's own log
@@ -393,7 +402,7 @@ class Learner:
         newest = checkpoint.latest(folder / "checkpoints")
         held = checkpoint.read_facts(newest) if newest else {}
         rows = Capacity(held.get("replay_rows", 0), held.get("imagined_rows", 0))
-        template = jax.eval_shape(lambda: train.init(learner._recipe, rows, 0))
+        template = jax.eval_shape(lambda: initial_state(learner._recipe, rows, 0))
         state, facts = checkpoint.restore(folder / "checkpoints", template)
         learner._state = jax.tree.map(jnp.asarray, state)
         learner._env.num_steps, learner._env.num_episodes = facts["num_env_steps"], facts["num_episodes"] + 1

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from mve import dynamics, imagine, targets
+from mve import dynamics, experience, imagine, targets, train
 from mve.agents import Agent
 from mve.dynamics import Dynamics
-from mve.train import Recipe
-from mve.types import Json, Transition
+from mve.state import Recipe, TrainState
+from mve.types import CriticTargets, Json, Segment, Transition
 
 DRAWS = 5  # seed of what is drawn in imagination
 
@@ -80,6 +80,28 @@ def targets_by_horizon(
             jax.lax.map(partial(state_values, agent), imagined.obs),  # one depth at a time: memory
         )
     return rows.reward[None] + discount * rows.continuation[None] * candidates
+
+
+@partial(jax.jit, static_argnames="recipe")
+def estimated_targets(state: TrainState, recipe: Recipe, rows: Transition, starts: Array) -> CriticTargets:
+    """What the run's own estimator makes of some of the rows played, as in training; real rows come first."""
+    batch: Transition = jax.tree.map(lambda x: x[starts], rows)
+    if recipe.targets.reads_segments:
+        ahead = _played_on(state.agent, rows, starts, recipe.targets.horizon_steps)
+    else:
+        ahead = experience.imagine_ahead(state, recipe, batch, jax.random.key(DRAWS + 1))
+    ask = train.estimator_fns(state, jax.random.key(DRAWS))
+    return targets.estimate(batch, ahead, ask, recipe.targets)
+
+
+def _played_on(agent: Agent, rows: Transition, starts: Array, horizon: int) -> Segment:
+    """What followed, by the target policy itself: its own densities are those of the actions played."""
+    last = rows.reward.shape[0] - 1
+    index = starts[None] + 1 + jnp.arange(horizon)[:, None]
+    followed: Transition = jax.tree.map(lambda x: x[jnp.minimum(index, last)], rows)
+    valid = (index <= last) & (followed.episode == rows.episode[starts][None])
+    log_density = agent.log_density(followed.obs, followed.action)
+    return Segment(followed._replace(log_density=log_density), valid)
 
 
 @jax.jit

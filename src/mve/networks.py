@@ -8,6 +8,7 @@ microseconds a call, where dispatching a jitted function costs five times that).
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable
 from functools import reduce
 from types import ModuleType
@@ -26,8 +27,10 @@ Activation: TypeAlias = Literal["relu", "silu", "tanh"]
 T = TypeVar("T")
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
+LOG_TWO_PI = math.log(2.0 * math.pi)
 LAYER_NORM_EPSILON = 1e-5
 SMALLEST_STD = 1e-4  # a column that moves less is left unscaled
+LARGEST_ACTION = 1.0 - 1e-6  # before atanh: in single precision tanh is 1 from 9 on
 
 
 def array_module(x: Any) -> ModuleType:
@@ -218,17 +221,33 @@ class GaussianActor(eqx.Module):
         mean, _, std = self._mean_and_std(obs)
         return array_module(obs).tanh(mean + std * noise)
 
-    def sample(self, obs: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Action (*batch, A) and its log-density (*batch).
-
-        log pi(a) = sum_i [ log N(u_i) - log(1 - tanh(u_i)^2) ], the second term in its stable form
-        2 (log 2 - u - softplus(-2u)).
-        """
+    def sample(self, obs: Any, noise: Any) -> tuple[Any, Any]:
+        """Action (*batch, A) and its log-density (*batch)."""
         mean, log_std, std = self._mean_and_std(obs)
         u = mean + std * noise
-        log_normal = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)
-        log_slope = 2.0 * (np.log(2.0) - u - jax.nn.softplus(-2.0 * u))
-        return jnp.tanh(u), jnp.sum(log_normal - log_slope, axis=-1)
+        return array_module(obs).tanh(u), self._log_density(u, noise, log_std)
+
+    def log_density(self, obs: Any, action: Any) -> Any:
+        """log pi(a|s) (*batch) of any action, by u = atanh(a); actions at the rim count as just within."""
+        mean, log_std, std = self._mean_and_std(obs)
+        xp = array_module(obs)
+        u = xp.arctanh(xp.clip(action, -LARGEST_ACTION, LARGEST_ACTION))
+        return self._log_density(u, (u - mean) / std, log_std)
+
+    def _log_density(self, u: Any, noise: Any, log_std: Any) -> Any:
+        """log pi(a) = sum_i [ log N(u_i) - log(1 - tanh(u_i)^2) ], u = mean + std noise, the second term in
+        its stable form 2 (log 2 - u - softplus(-2u))."""
+        xp = array_module(u)
+        log_normal = -0.5 * noise**2 - log_std - 0.5 * LOG_TWO_PI
+        log_slope = 2.0 * (math.log(2.0) - u - xp.logaddexp(-2.0 * u, 0.0))
+        return xp.sum(log_normal - log_slope, axis=-1)
+
+
+def gaussian_log_density(deviation: Any, std: Any) -> Any:
+    """log N(deviation; 0, std^2 I) (*batch), one `std` for all dimensions; not a number where it is 0."""
+    xp = array_module(deviation)
+    scaled = deviation / std
+    return xp.sum(-0.5 * scaled * scaled - xp.log(std) - 0.5 * LOG_TWO_PI, axis=-1)
 
 
 class Policy(eqx.Module):
@@ -241,6 +260,10 @@ class Policy(eqx.Module):
     def __call__(self, obs: Any, noise: Any) -> Any:
         """Action in [-1, 1], or a one-hot vector."""
 
+    @abc.abstractmethod
+    def log_density(self, obs: Any, action: Any) -> Any:
+        """log of the density, or of the probability, (*batch) with which it takes such actions."""
+
 
 class ActorPolicy(Policy):
     """An actor and, for deterministic ones, the noise added to its action."""
@@ -251,6 +274,18 @@ class ActorPolicy(Policy):
     def __call__(self, obs: Any, noise: Any) -> Any:
         xp = array_module(obs)
         return xp.clip(self.actor.act(obs, noise) + self.noise_std * noise, -1.0, 1.0)
+
+    def log_density(self, obs: Any, action: Any) -> Any:
+        """log of the density (*batch) with which it takes such actions, by the actions themselves.
+
+        For the Gaussian actor its own; for a deterministic one the noise's, the clip to [-1, 1] ignored
+        (what is cut off has mass, not density), without noise none: not a number. The density of an
+        action drawn is not taken from its draw, so that the ratio of two policies at the same recorded
+        action is exact where rounding or a clip has moved that action: both see the same one.
+        """
+        if isinstance(self.actor, GaussianActor):
+            return self.actor.log_density(obs, action)
+        return gaussian_log_density(action - self.actor.act(obs, 0.0), self.noise_std)
 
 
 class EpsilonGreedy(Policy):

@@ -92,8 +92,8 @@ def _draw_horizons(axis: Any, report: Json) -> None:
     """Error of the target by the horizon it would have had, and the weight that each horizon was given."""
     found, best = report["targets_by_horizon"], report["best_horizon"]
     horizon, rmse, bias = found["horizon"], _floats(found["rmse"]), _floats(found["bias"])
-    weights, given = axis.twinx(), report["horizon_weights"]
-    weights.bar(horizon, given or [0.0] * len(horizon), width=0.7, color=GRID, zorder=0)
+    weights = axis.twinx()
+    weights.bar(horizon, _floats(report["horizon_weights"]), width=0.7, color=GRID, zorder=0)
     weights.set_ylim(0, 1)
     weights.set_axis_off()
     axis.set_zorder(weights.get_zorder() + 1)
@@ -111,8 +111,8 @@ def _draw_horizons(axis: Any, report: Json) -> None:
     axis.annotate("least", (best, rmse[best]), color=BLUE, **place)
     axis.set_xticks(horizon)
     axis.margins(x=0.02, y=0.15)
-    told = "grey: weight it was given" if given else "weights differ by state, not shown"
-    _title(axis, "Which horizon would have been best?", f"error of the critic's target; {told}")
+    reading = "error of the critic's target; grey: mean weight it was given"
+    _title(axis, "Which horizon would have been best?", reading)
     axis.set_xlabel("horizon, imagined steps before the critic")
 
 

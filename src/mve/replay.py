@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from mve.types import Key, Transition
+from mve.types import Key, Segment, Transition
 
 
 class Replay(eqx.Module):
@@ -62,6 +62,22 @@ def sample(
         age = jax.random.randint(key, shape, 0, jnp.minimum(newest, replay.size))
         index = (replay.position - 1 - age) % replay.capacity
     return jax.tree.map(lambda ring: ring[index], replay.rows)
+
+
+def sample_segments(replay: Replay, batch_size: int, num_rows: int, key: Key) -> Segment:
+    """Rows drawn uniformly, as `sample` draws them, each with those that followed it: axes (num_rows, B).
+
+    A segment goes on while the episode is the same and `step` counts up by one; where it ends, at the
+    episode's end, at the newest row or where the oldest have been overwritten, rows are not valid.
+    """
+    first = jax.random.randint(key, (batch_size,), 0, replay.size)
+    index = (first[None] + jnp.arange(num_rows)[:, None]) % replay.capacity
+    rows: Transition = jax.tree.map(lambda ring: ring[index], replay.rows)
+    # Rows never written lie beyond the size; their episode and step could be those of a real row.
+    follows = (jnp.diff(rows.step, axis=0) == 1) & (jnp.diff(rows.episode, axis=0) == 0)
+    follows &= index[1:] < replay.size
+    valid = jnp.concatenate([jnp.ones((1, batch_size), bool), follows])
+    return Segment(rows=rows, valid=jnp.cumprod(valid, axis=0, dtype=jnp.int32) == 1)
 
 
 def grow(replay: Replay, capacity: int) -> Replay:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mve.agents import AGENTS
 from mve.config import Config
 from mve.types import UserError
 
@@ -28,7 +29,7 @@ def with_budgets(config: Config, max_episode_steps: int | None) -> Config:
 
 
 def check(config: Config, uses_model: bool) -> None:
-    """Refuse a schedule in which nothing is learned, or the agent would imagine with an unfitted model."""
+    """Refuse a schedule in which nothing is learned, or targets come from what is not there."""
     train, dynamics = config.train, config.dynamics
     if train.total_steps <= train.learning_starts:
         raise UserError(
@@ -50,6 +51,28 @@ def check(config: Config, uses_model: bool) -> None:
         raise UserError(
             f"the model is first fitted at step {first_refit} (dynamics.learning_starts + interval_steps), "
             f"after train.learning_starts = {train.learning_starts}; set dynamics.initial_fits or start later"
+        )
+    _check_estimator(config)
+
+
+def _check_estimator(config: Config) -> None:
+    """Refuse a target that the agent, or the blocks of real steps, cannot give."""
+    targets, block_steps = config.targets, config.train.block_steps
+    if targets.reads_segments and not config.agent.has_density:
+        others = ", ".join(name for name, (settings, _) in AGENTS.items() if settings().has_density)
+        raise UserError(
+            f"targets.estimator = {targets.estimator} needs a policy with a density, and noise above 0: "
+            f"{config.learner} as it is set has none, and would cut every trace; learners that have: {others}"
+        )
+    if targets.reads_segments and config.imagination.starts:
+        raise UserError(
+            f"targets.estimator = {targets.estimator} reads what followed real transitions, and nothing followed "
+            "imagined ones; set imagination.starts=0"
+        )
+    if targets.calibrates and targets.horizon_steps > block_steps:
+        raise UserError(
+            f"targets.estimator = calibrated measures the model within a block: targets.horizon_steps = "
+            f"{targets.horizon_steps} has to be at most train.block_steps = {block_steps}"
         )
 
 

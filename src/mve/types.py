@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import jax
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 from msgspec import Meta
 
 Metrics: TypeAlias = dict[str, Array]
@@ -26,12 +27,16 @@ Key: TypeAlias = jax.Array  # a typed PRNG key, consumed by the function that ta
 RewardFn: TypeAlias = Callable[[Array, Array, Array], Array]
 TerminationFn: TypeAlias = Callable[[Array, Array, Array], Array]
 
-# The three functions that a rollout and an estimator are given.
+# The functions that a rollout and an estimator are given.
 StepFn: TypeAlias = Callable[
     [Array, Array, Key], tuple[Array, Array, Array]
 ]  # -> next_obs, reward, continuation
 PolicyFn: TypeAlias = Callable[[Array, Key], tuple[Array, Array]]  # obs, key -> action, bonus of acting
 ValueFn: TypeAlias = Callable[[Array], Array]  # obs (*batch, S) -> one value per critic (N, *batch)
+ActionValueFn: TypeAlias = Callable[[Array, Array], Array]  # obs, action (*batch, A) -> (N, *batch)
+LogDensityFn: TypeAlias = Callable[[Array, Array], Array]  # obs, action -> log pi(a|s) (*batch), or -inf
+# members' variance and survival of the candidates 0..H (H+1, B) -> their squared error (H+1, B), or inf
+SquaredErrorFn: TypeAlias = Callable[[Array, Array], Array]
 
 # What an actor is improved on: its policy, and its value (*batch) of a state with the bonus of the action
 # taken there, make of start states (B, S) the values (B,) to raise and the bonuses (B,) of the first actions.
@@ -69,6 +74,25 @@ class Imagined(NamedTuple):
     bonus: Float[Array, " H *batch"]  # of acting in state t: 0, or SAC's entropy term
 
 
+class Segment(NamedTuple):
+    """Real steps that followed one another, as they were recorded."""
+
+    rows: Transition  # (H, B, ...)
+    valid: Bool[Array, " H B"]  # still in the episode that the first row is from, and still remembered
+
+
+class EstimatorFns(NamedTuple):
+    """What an estimator may ask about the target policy, by the slow critics; None where it does not."""
+
+    value: ValueFn  # bonus of the state's own action included
+    action_value: ActionValueFn | None = None
+    log_density: LogDensityFn | None = None
+    squared_error: SquaredErrorFn | None = None
+
+
+ALL_ON_ZERO = np.ones(1, np.float32)
+
+
 class CriticTargets(NamedTuple):
     """K rows for the critic to regress: every estimator's answer, whichever it was."""
 
@@ -76,6 +100,8 @@ class CriticTargets(NamedTuple):
     action: Float[Array, " K A"]
     value: Float[Array, " K"]
     weight: Float[Array, " K"]  # of the row's squared error; a plain mean has 1/K everywhere
+    # What the real rows' values gave to each horizon, on average; one-step targets have no other than 0.
+    horizon_weight: Float[Array | np.ndarray, " horizons"] = ALL_ON_ZERO
 
 
 class Known(NamedTuple):

@@ -38,6 +38,11 @@ class AgentConfig:
     model_steps: Count = 0
     """Model steps that the actor's objective is differentiated through before it asks the critic; 0: none."""
 
+    @property
+    def has_density(self) -> bool:
+        """Whether target policy and exploration have densities, whose ratio Retrace is made of."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class ActorCriticConfig(AgentConfig):
@@ -82,6 +87,18 @@ class Agent(eqx.Module):
     @abc.abstractmethod
     def target_value(self, obs: Float[Array, " *batch S"], key: Key) -> Float[Array, " N *batch"]:
         """Bootstrap of a state under the target policy, bonus of its own action included, per critic."""
+
+    @abc.abstractmethod
+    def target_action_value(
+        self, obs: Float[Array, " *batch S"], action: Float[Array, " *batch A"]
+    ) -> Float[Array, " N *batch"]:
+        """Q'_n(s, a) of every slow critic; no bonus of a in it."""
+
+    @abc.abstractmethod
+    def log_density(
+        self, obs: Float[Array, " *batch S"], action: Float[Array, " *batch A"]
+    ) -> Float[Array, " *batch"]:
+        """log pi(a|s) of the policy whose value the critics estimate; -inf where it never acts so."""
 
     @abc.abstractmethod
     def current_policy(

@@ -55,6 +55,10 @@ class DDPGConfig(ActorCriticConfig):
     noise_interval: Positive = 50
     """Updates between adaptations of the parameter noise."""
 
+    @property
+    def has_density(self) -> bool:
+        return False
+
 
 class DDPG(Agent):
     """One update, in this order: the critic's and the actor's gradients from the same old values, one
@@ -115,6 +119,13 @@ class DDPG(Agent):
     def target_value(self, obs: Array, key: Key) -> Array:
         del key
         return action_values(self.target_critic, obs, self.target_actor.act(obs, 0.0))
+
+    def target_action_value(self, obs: Array, action: Array) -> Array:
+        return action_values(self.target_critic, obs, action)
+
+    def log_density(self, obs: Array, action: Array) -> Array:
+        del action
+        return jnp.full(obs.shape[:-1], -jnp.inf)  # deterministic: no action of the past is its own
 
     def current_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
         return deterministic(self.actor)(obs, key)

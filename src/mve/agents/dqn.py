@@ -93,6 +93,14 @@ class DQN(Agent):
     def target_value(self, obs: Array, key: Key) -> Array:
         return chosen_values(self.target_critic, obs, self.target_policy(obs, key)[0])
 
+    def target_action_value(self, obs: Array, action: Array) -> Array:
+        return chosen_values(self.target_critic, obs, action)
+
+    def log_density(self, obs: Array, action: Array) -> Array:
+        """0 where the target policy takes the action, -inf where it takes another."""
+        target_critic = self.critic if self.config.double else self.target_critic
+        return jnp.log(jnp.sum(greedy(target_critic, obs) * action, axis=-1))
+
     def current_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
         del key
         return greedy(self.critic, obs), jnp.zeros(obs.shape[:-1])

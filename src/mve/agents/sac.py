@@ -102,6 +102,12 @@ class SAC(Agent):
         action, log_density = self._sample(self.actor, obs, key)
         return action, -jnp.exp(self.log_temperature) * log_density
 
+    def target_action_value(self, obs: Array, action: Array) -> Array:
+        return action_values(self.target_critic, obs, action)
+
+    def log_density(self, obs: Array, action: Array) -> Array:
+        return self.actor.log_density(obs, action)
+
     def current_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
         return self.target_policy(obs, key)  # SAC has no slow actor
 

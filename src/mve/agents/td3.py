@@ -21,7 +21,7 @@ from mve.agents.base import (
     init_critic,
     polyak,
 )
-from mve.networks import MLP, ActorPolicy, DeterministicActor, Policy
+from mve.networks import MLP, ActorPolicy, DeterministicActor, Policy, gaussian_log_density
 from mve.types import CriticTargets, Key, Metrics, NonNegative, ObjectiveFn, Positive
 
 
@@ -37,6 +37,10 @@ class TD3Config(ActorCriticConfig):
     """Largest smoothing noise."""
     policy_delay: Positive = 2
     """Critic updates per update of the actor and of the slow copies."""
+
+    @property
+    def has_density(self) -> bool:
+        return self.exploration_noise > 0 and self.target_noise > 0
 
 
 class TD3(Agent):
@@ -91,6 +95,15 @@ class TD3(Agent):
 
     def target_value(self, obs: Array, key: Key) -> Array:
         return action_values(self.target_critic, obs, self.target_policy(obs, key)[0])
+
+    def target_action_value(self, obs: Array, action: Array) -> Array:
+        return action_values(self.target_critic, obs, action)
+
+    def log_density(self, obs: Array, action: Array) -> Array:
+        """Of the smoothed slow actor, neither of its two clips minded."""
+        return gaussian_log_density(
+            action - self.target_actor.act(obs, 0.0), jnp.float32(self.config.target_noise)
+        )
 
     def current_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
         return deterministic(self.actor)(obs, key)

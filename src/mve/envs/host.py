@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -68,6 +69,12 @@ def random_actions(space: ActionSpace, rng: np.random.Generator, count: int) -> 
     if isinstance(space, Discrete):
         return np.eye(size, dtype=np.float32)[rng.integers(size, size=count)]
     return rng.uniform(-1.0, 1.0, (count, size)).astype(np.float32)
+
+
+def random_log_density(space: ActionSpace) -> float:
+    """Log of the density of those in [-1, 1]^A, or of each one's probability."""
+    size = action_size(space)
+    return -math.log(size) if isinstance(space, Discrete) else -math.log(2.0) * size
 
 
 def _one_line(x: object) -> str:

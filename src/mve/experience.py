@@ -1,0 +1,115 @@
+"""What an update learns from: real rows and imagined ones, and what followed them or would follow.
+
+Replay, model and policy meet here; `train.update_step` only asks.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from mve import dynamics, imagine, replay
+from mve.replay import Replay
+from mve.state import Recipe, TrainState
+from mve.types import Imagined, Key, Metrics, PolicyFn, Segment, StepFn, Transition
+
+WHOLE_ROLLOUT = 2**32 - 1  # folded into a rollout's key for what holds throughout; its steps have 0, 1, ...
+
+
+def recall(state: TrainState, recipe: Recipe, key: Key) -> tuple[Transition, Segment | None]:
+    """A batch of transitions, and what really followed them if the estimator reads that."""
+    if not recipe.targets.reads_segments:
+        return sample_batch(state, recipe, key), None
+    num_rows = recipe.targets.horizon_steps + 1
+    segment = replay.sample_segments(state.replay, recipe.agent.batch_size, num_rows, key)
+    return jax.tree.map(lambda x: x[0], segment.rows), jax.tree.map(lambda x: x[1:], segment)
+
+
+def sample_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
+    """A batch of real transitions or, where imagined ones are kept, its share of both."""
+    size, imagination = recipe.agent.batch_size, recipe.imagination
+    if state.imagined is None:
+        return replay.sample(state.replay, (size,), key)
+    real_key, imagined_key, share_key, step_key = jax.random.split(key, 4)
+    real = replay.sample(state.replay, (size,), real_key)
+    newest = imagine.rollout_length(imagination, state.num_env_steps) * (
+        imagination.starts * imagination.rounds_kept
+    )
+    dreamt = replay.sample(state.imagined, (size,), imagined_key, newest)
+    if imagination.first_step == "imagined":
+        step_fn = model_step(state, recipe, step_key)
+        dreamt = _first_step(dreamt, state.agent.target_policy, step_fn, step_key)
+    if imagination.mixed_by == "row":
+        is_real = jnp.arange(size) < round(imagination.real_share * size)
+    else:
+        is_real = jnp.broadcast_to(jax.random.bernoulli(share_key, imagination.real_share), (size,))
+
+    def choose(a: Array, b: Array) -> Array:
+        return jnp.where(is_real.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, real, dreamt)
+
+
+def _first_step(rows: Transition, policy: PolicyFn, step_fn: StepFn, key: Key) -> Transition:
+    """What the policy and the model make of the rows' states: another action, reward and next state."""
+    return imagine.as_transition(imagine.rollout(step_fn, policy, rows.obs, 1, key), rows)
+
+
+def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics]:
+    """One round of rollouts from real states under the policy in training, into the imagination buffer.
+
+    Branched rollouts (Janner et al. 2019, algorithm 2); long ones are the distribution rollouts of Kubo et
+    al. 2025. What follows a predicted termination is not kept.
+    """
+    start_key, rollout_key = jax.random.split(key)
+    assert state.imagined is not None
+    start = replay.sample(state.replay, (recipe.imagination.starts,), start_key)
+    length = imagine.rollout_length(recipe.imagination, state.num_env_steps)
+    policy, step_fn = state.agent.current_policy, model_step(state, recipe, rollout_key)
+
+    def step(t: Array, carry: tuple[Replay, Transition, Array]) -> tuple[Replay, Transition, Array]:
+        buffer, rows, alive = carry
+        rows = _first_step(rows, policy, step_fn, jax.random.fold_in(rollout_key, t))
+        buffer = replay.add(buffer, rows, alive)
+        return buffer, rows._replace(obs=rows.next_obs), alive & (rows.continuation > 0)
+
+    everyone = jnp.ones(recipe.imagination.starts, bool)
+    buffer, _, _ = jax.lax.fori_loop(0, length, step, (state.imagined, start, everyone))
+    return buffer, {"imagination/length": length.astype(jnp.float32)}
+
+
+def imagine_ahead(state: TrainState, recipe: Recipe, batch: Transition, key: Key) -> Imagined:
+    """What the target policy would do next, in the model, from the next states of a batch."""
+    policy = state.agent.target_policy
+    if recipe.targets.shares_draws:
+        policy = jax.vmap(policy, in_axes=(0, None))
+    start, step_fn = _start_obs(batch, recipe), target_step(state, recipe, key)
+    return imagine.rollout(step_fn, policy, start, recipe.targets.imagined_steps, key)
+
+
+def _start_obs(batch: Transition, recipe: Recipe) -> Array:
+    """The real next states, once for every member that is to imagine from them."""
+    if not recipe.targets.keeps_members:
+        return batch.next_obs
+    return jnp.broadcast_to(batch.next_obs, (recipe.dynamics.members, *batch.next_obs.shape))
+
+
+def model_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
+    """One imagined step of states (B, S), for the rollout of that key, which is left to it."""
+    model = state.model
+    if model is None:  # traced for a rollout of no steps, whose result is empty
+        return lambda obs, action, key: (obs, jnp.zeros(obs.shape[:-1]), jnp.zeros(obs.shape[:-1]))
+    whole = jax.random.fold_in(rollout_key, WHOLE_ROLLOUT)
+    return dynamics.rollout_step(model, recipe.known, recipe.dynamics, whole)
+
+
+def target_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
+    """As `model_step`, of states (M, B, S) where the estimator keeps members apart."""
+    model = state.model
+    if not recipe.targets.keeps_members:
+        return model_step(state, recipe, rollout_key)
+    if model is None:
+        nothing = jnp.zeros
+        return lambda obs, action, key: (obs, nothing((1, *obs.shape[:-1])), nothing(obs.shape[:-1]))
+    return lambda obs, action, key: dynamics.member_step(model, recipe.known, recipe.dynamics, obs, action)

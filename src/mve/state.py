@@ -1,0 +1,86 @@
+"""What a run is: what is compiled into it, and everything that training changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from mve import agents, dynamics, replay
+from mve.agents import Agent, AgentConfig
+from mve.dynamics import Dynamics, DynamicsConfig
+from mve.imagine import ImaginationConfig
+from mve.replay import Replay
+from mve.targets import Calibration, TargetsConfig, calibration
+from mve.types import Key, Known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is fixed for a run and compiled into it: hashable, so that equal recipes share a compilation."""
+
+    obs_size: int
+    action_size: int
+    known: Known
+    agent: AgentConfig
+    dynamics: DynamicsConfig
+    targets: TargetsConfig
+    imagination: ImaginationConfig = field(default_factory=ImaginationConfig)
+
+    @property
+    def uses_model(self) -> bool:
+        return self.targets.imagined_steps > 0 or self.agent.model_steps > 0 or self.imagination.starts > 0
+
+
+class TrainState(eqx.Module):
+    """Everything that training changes, as one pytree in the order of the data flow.
+
+    `key` is the run's root and never changes: every draw is folded from it and the step it is for, so a
+    state says all that there is to know about the randomness to come.
+    """
+
+    replay: Replay
+    model: Dynamics | None  # None where nothing is imagined
+    calibration: Calibration | None  # None where the estimator does not ask how wrong the model is
+    imagined: Replay | None  # None where imagined transitions are not kept
+    agent: Agent
+    num_env_steps: Array
+    key: Key
+
+
+class Capacity(NamedTuple):
+    """Rows that memory is set aside for."""
+
+    replay: int
+    imagined: int = 0
+
+
+def initial_state(recipe: Recipe, capacity: Capacity, seed: int) -> TrainState:
+    """Nothing collected, nothing learned."""
+    root, model_key, agent_key = jax.random.split(jax.random.key(seed), 3)
+    sizes, imagines = (recipe.obs_size, recipe.action_size), recipe.imagination.starts > 0
+    return TrainState(
+        replay=replay.init(capacity.replay, *sizes),
+        model=dynamics.init(recipe.dynamics, recipe.known, *sizes, model_key) if recipe.uses_model else None,
+        calibration=calibration.init(recipe.targets.horizon_steps) if recipe.targets.calibrates else None,
+        imagined=replay.init(capacity.imagined, *sizes) if imagines else None,
+        agent=agents.init(recipe.agent, *sizes, agent_key),
+        num_env_steps=jnp.int32(0),
+        key=root,
+    )
+
+
+def grown(state: TrainState, capacity: Capacity) -> TrainState:
+    """The same state with room for more transitions, if it has not got it."""
+    state = replace(state, replay=_grown(state.replay, capacity.replay))
+    if state.imagined is None:
+        return state
+    return replace(state, imagined=_grown(state.imagined, capacity.imagined))
+
+
+def _grown(ring: Replay, capacity: int) -> Replay:
+    return replay.grow(ring, capacity) if capacity > ring.capacity else ring

@@ -1,0 +1,127 @@
+"""What all estimators share: settings, the two recursions along a rollout, the row of the real step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mve.types import Count, CriticTargets, Transition, Unit
+
+VARIANCE_FLOOR = 1e-8  # added to variances and squared errors, in squared units of return
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetsConfig:
+    """How the critic's targets are made from a real transition and an imagined continuation."""
+
+    estimator: Literal[
+        "one_step", "mve", "mve_tdk", "lambda", "steve", "steve_mean", "steve_cov", "calibrated", "retrace"
+    ] = "one_step"
+    """one_step: the base learner. mve: expand the real row. mve_tdk: and regress every imagined row too.
+    lambda: a fixed geometric mix of all horizons. steve: trust a horizon as its ensemble agrees on it;
+    steve_mean: all horizons alike; steve_cov: minding that errors of near horizons go together.
+    calibrated: trust a horizon as such a spread has turned out to be right. retrace: no model; the real
+    steps that followed, as far as the policy would have taken them."""
+    horizon_steps: Count = 3
+    """H, imagined steps per target, or real ones for retrace; 0 is the base learner exactly. one_step does
+    not read it."""
+    discount: Unit = 0.99
+    """gamma, per environment step."""
+    trace_decay: Unit = 0.75
+    """lambda, of the estimator of that name: 0 is one_step, 1 is mve (STEVE's ablations: 0.25 and 0.75).
+    retrace: the factor of its traces (Munos et al. 2016: 1)."""
+    calibration_decay: Unit = 0.98
+    """What calibrated keeps of its measurements from block to block; at 0.98 with blocks of 20 steps the
+    last 1000 or so count. 0: the last block alone."""
+    divide_by_horizon: bool = True
+    """Divide the loss of mve_tdk by H, as the paper prints it; its H+1 terms then sum to (H+1)/H."""
+
+    @property
+    def imagined_steps(self) -> int:
+        """Model steps that the estimator asks for; 0 means that no model is needed at all."""
+        return 0 if self.estimator in ("one_step", "retrace") else self.horizon_steps
+
+    @property
+    def recalled_steps(self) -> int:
+        """Real steps after each sampled one that the estimator asks for."""
+        return self.horizon_steps if self.estimator == "retrace" else 0
+
+    @property
+    def reads_segments(self) -> bool:
+        """Whether what follows a row is recalled, its actions' densities with it, not imagined."""
+        return self.estimator == "retrace"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether errors of the model have to be measured; a horizon of 0 has none."""
+        return self.estimator == "calibrated" and self.horizon_steps > 0
+
+    @property
+    def keeps_members(self) -> bool:
+        """Whether every start is imagined by every member, whose answers then stay apart: axes (M, B)."""
+        return self.estimator.startswith("steve") or self.calibrates
+
+    @property
+    def shares_draws(self) -> bool:
+        """Whether members that are kept apart draw the same actions, and so differ by the model alone."""
+        return self.calibrates
+
+
+def survival(discount: Float[Array, " H *batch"]) -> Float[Array, " H+1 *batch"]:
+    """D_k = d_0 ... d_{k-1}, what state k weighs in the value of the start state; D_0 = 1."""
+    one = jnp.ones((1, *discount.shape[1:]), discount.dtype)
+    return jnp.concatenate([one, jnp.cumprod(discount, axis=0)])
+
+
+def candidate_returns(
+    reward: Float[Array, " H *batch"],
+    discount: Float[Array, " H *batch"],
+    bootstrap: Float[Array, " H+1 *batch"],
+) -> Float[Array, " H+1 *batch"]:
+    """Return of the start state by k imagined rewards and then the value of state k, for every k.
+
+    C_k = sum_{t<k} D_t r_t + D_k v_k with D_k = d_0 ... d_{k-1}; row 0 is the bootstrap of the start
+    state itself. Feinberg et al. 2018 section 3.1 for one k; Buckman et al. 2018 equation 2 for all.
+    """
+    weight = survival(discount)
+    gained = jnp.concatenate([jnp.zeros_like(weight[:1]), jnp.cumsum(weight[:-1] * reward, axis=0)])
+    return gained + weight * bootstrap
+
+
+def returns_to_go(
+    reward: Float[Array, " H *batch"],
+    discount: Float[Array, " H *batch"],
+    bootstrap: Float[Array, " *batch"],
+) -> Float[Array, " H *batch"]:
+    """Return from each imagined state to the end of the rollout.
+
+    G_t = r_t + d_t G_{t+1}, backwards from G_H = bootstrap. The tail of row t is thus discounted by
+    gamma^(H-t); the paper prints gamma^H on every row, a misprint that its own code does not share.
+    Row 0 expands by the full horizon. The caller stops gradients.
+    """
+
+    def backwards(later: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
+        r, d = now
+        return (here := r + d * later), here
+
+    return jax.lax.scan(backwards, bootstrap, (reward, discount), reverse=True)[1]
+
+
+def real_row(
+    batch: Transition,
+    value: Float[Array, " B"],
+    horizon_weight: Float[Array, " horizons"],
+    discount: float,
+) -> CriticTargets:
+    """The observed step, then `value` of the real next state: r + gamma continuation value; weights 1/B."""
+    return CriticTargets(
+        obs=batch.obs,
+        action=batch.action,
+        value=batch.reward + discount * batch.continuation * value,
+        weight=jnp.full_like(batch.reward, 1.0 / batch.reward.shape[0]),
+        horizon_weight=horizon_weight,
+    )
