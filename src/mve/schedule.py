@@ -66,8 +66,8 @@ def _check_estimator(config: Config) -> None:
         )
     if targets.reads_segments and config.imagination.starts:
         raise UserError(
-            f"targets.estimator = {targets.estimator} reads what followed real transitions, and nothing followed "
-            "imagined ones; set imagination.starts=0"
+            f"targets.estimator = {targets.estimator} reads what followed real transitions, and nothing "
+            "followed imagined ones; set imagination.starts=0"
         )
     if targets.calibrates and targets.horizon_steps > block_steps:
         raise UserError(

@@ -98,8 +98,8 @@ class DQN(Agent):
 
     def log_density(self, obs: Array, action: Array) -> Array:
         """0 where the target policy takes the action, -inf where it takes another."""
-        target_critic = self.critic if self.config.double else self.target_critic
-        return jnp.log(jnp.sum(greedy(target_critic, obs) * action, axis=-1))
+        critic = self.critic if self.config.double else self.target_critic
+        return jnp.log(jnp.sum(greedy(critic, obs) * action, axis=-1))
 
     def current_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
         del key
