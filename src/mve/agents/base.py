@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mve.networks import MLP, DeterministicActor, Policy, apply_gradient, ensemble
+from mve.networks import MLP, Activation, DeterministicActor, Policy, apply_gradient, ensemble
 from mve.types import Count, CriticTargets, Key, Metrics, ObjectiveFn, PolicyFn, Positive, Rate, Unit, Widths
 
 Tree = TypeVar("Tree")
@@ -25,6 +25,8 @@ class AgentConfig:
 
     hidden: Widths = (256, 256)
     """Widths of the hidden layers of actor and critics."""
+    activation: Activation = "relu"
+    """Of the hidden layers."""
     layer_norm: bool = False
     """LayerNorm before each activation, in actor and critics."""
     critics: Positive = 2
@@ -114,6 +116,19 @@ class Agent(eqx.Module):
         states `obs`."""
 
 
+def init_net(config: AgentConfig, obs_size: int, outputs: int, key: Key, *, output_gain: float = 1.0) -> MLP:
+    """A net of an observation: the parameters of an action, or the values of all actions."""
+    return MLP(
+        obs_size,
+        outputs,
+        config.hidden,
+        activation=config.activation,
+        layer_norm=config.layer_norm,
+        output_gain=output_gain,
+        key=key,
+    )
+
+
 def init_critic(config: ActorCriticConfig, obs_size: int, action_size: int, key: Key) -> MLP:
     """N critics Q(s, a) with a leading critic axis."""
 
@@ -124,6 +139,7 @@ def init_critic(config: ActorCriticConfig, obs_size: int, action_size: int, key:
             config.hidden,
             side_inputs=action_size,
             side_layer=config.action_layer,
+            activation=config.activation,
             layer_norm=config.layer_norm,
             key=k,
         )
@@ -136,6 +152,13 @@ def action_values(
 ) -> Float[Array, " N *batch"]:
     """Q_n(s, a) of every critic."""
     return jax.vmap(lambda member: member(obs, action)[..., 0])(critic)
+
+
+def drawn(critic: MLP, count: int, key: Key) -> MLP:
+    """So many of the N critics, different ones (Chen et al. 2021, arXiv 2101.05982, algorithm 1)."""
+    members = critic.layers[0].bias.shape[0]
+    chosen = jax.random.choice(key, members, (count,), replace=False)
+    return jax.tree.map(lambda leaf: leaf[chosen], critic)
 
 
 def critic_loss(

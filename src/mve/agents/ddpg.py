@@ -20,6 +20,7 @@ from mve.agents.base import (
     deterministic,
     init_adam,
     init_critic,
+    init_net,
     polyak,
 )
 from mve.networks import MLP, ActorPolicy, DeterministicActor, Policy
@@ -77,16 +78,8 @@ class DDPG(Agent):
     @classmethod
     def init(cls, config: DDPGConfig, obs_size: int, action_size: int, key: Key) -> DDPG:
         actor_key, critic_key = jax.random.split(key)
-        actor = DeterministicActor(
-            MLP(
-                obs_size,
-                action_size,
-                config.hidden,
-                layer_norm=config.layer_norm,
-                output_gain=0.05,
-                key=actor_key,
-            )
-        )
+        net = init_net(config, obs_size, action_size, actor_key, output_gain=0.05)
+        actor = DeterministicActor(net)
         critic = init_critic(config, obs_size, action_size, critic_key)
         return cls(
             actor=actor,

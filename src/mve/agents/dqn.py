@@ -60,7 +60,14 @@ class DQN(Agent):
 
     @classmethod
     def init(cls, config: DQNConfig, obs_size: int, action_size: int, key: Key) -> DQN:
-        net = partial(MLP, obs_size, action_size, config.hidden, layer_norm=config.layer_norm)
+        net = partial(
+            MLP,
+            obs_size,
+            action_size,
+            config.hidden,
+            activation=config.activation,
+            layer_norm=config.layer_norm,
+        )
         critic = ensemble(lambda k: net(key=k), config.critics, key)
         return cls(
             critic=critic,

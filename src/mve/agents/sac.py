@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
@@ -18,12 +18,14 @@ from mve.agents.base import (
     action_values,
     adam_step,
     critic_loss,
+    drawn,
     init_adam,
     init_critic,
+    init_net,
     polyak,
 )
 from mve.networks import MLP, ActorPolicy, GaussianActor, Policy
-from mve.types import CriticTargets, Key, Metrics, ObjectiveFn, Rate
+from mve.types import Count, CriticTargets, Key, Metrics, ObjectiveFn, Rate, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,17 @@ class SACConfig(ActorCriticConfig):
     """alpha at the start."""
     target_entropy: Annotated[float, Meta(ge=-1e6, le=1e6)] | None = None
     """In nats; None for minus the number of action dimensions."""
+    target_critics: Count = 0
+    """Critics drawn at random for each target, of which the least counts (REDQ, DHMBPO: 2); 0: all."""
+    actor_value: Literal["least", "mean"] = "least"
+    """Which of the critics' values the actor is to raise (DHMBPO: mean)."""
+
+    def __post_init__(self) -> None:
+        if self.target_critics > self.critics:
+            raise UserError(
+                f"agent.target_critics = {self.target_critics} is more than agent.critics = {self.critics}; "
+                "lower it"
+            )
 
 
 class SAC(Agent):
@@ -68,7 +81,7 @@ class SAC(Agent):
     @classmethod
     def init(cls, config: SACConfig, obs_size: int, action_size: int, key: Key) -> SAC:
         actor_key, critic_key = jax.random.split(key)
-        net = MLP(obs_size, 2 * action_size, config.hidden, layer_norm=config.layer_norm, key=actor_key)
+        net = init_net(config, obs_size, 2 * action_size, actor_key)
         actor = GaussianActor(net)
         critic = init_critic(config, obs_size, action_size, critic_key)
         log_temperature = jnp.log(jnp.float32(config.initial_temperature))
@@ -112,8 +125,12 @@ class SAC(Agent):
         return self.target_policy(obs, key)  # SAC has no slow actor
 
     def target_value(self, obs: Array, key: Key) -> Array:
+        critic = self.target_critic
+        if self.config.target_critics:
+            key, subset_key = jax.random.split(key)
+            critic = drawn(critic, self.config.target_critics, subset_key)
         action, bonus = self.target_policy(obs, key)
-        value = action_values(self.target_critic, obs, action)
+        value = action_values(critic, obs, action)
         return value + jnp.broadcast_to(bonus, value.shape)
 
     def update(
@@ -133,7 +150,9 @@ class SAC(Agent):
 
             def value(obs: Array, key: Key) -> tuple[Array, Array]:
                 action, bonus = policy(obs, key)
-                return jnp.min(action_values(critic, obs, action), axis=0) + bonus, bonus
+                values = action_values(critic, obs, action)
+                value = jnp.min(values, axis=0) if cfg.actor_value == "least" else jnp.mean(values, axis=0)
+                return value + bonus, bonus
 
             soft_value, bonus = objective(policy, value, obs, key)
             return -jnp.mean(soft_value), -jnp.mean(bonus) / temperature

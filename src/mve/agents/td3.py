@@ -19,6 +19,7 @@ from mve.agents.base import (
     deterministic,
     init_adam,
     init_critic,
+    init_net,
     polyak,
 )
 from mve.networks import MLP, ActorPolicy, DeterministicActor, Policy, gaussian_log_density
@@ -63,8 +64,7 @@ class TD3(Agent):
     @classmethod
     def init(cls, config: TD3Config, obs_size: int, action_size: int, key: Key) -> TD3:
         actor_key, critic_key = jax.random.split(key)
-        net = MLP(obs_size, action_size, config.hidden, layer_norm=config.layer_norm, key=actor_key)
-        actor = DeterministicActor(net)
+        actor = DeterministicActor(init_net(config, obs_size, action_size, actor_key))
         critic = init_critic(config, obs_size, action_size, critic_key)
         return cls(
             actor=actor,
