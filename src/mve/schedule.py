@@ -49,7 +49,7 @@ def check(config: Config, uses_model: bool) -> None:
     if uses_model and not dynamics.initial_fits and first_refit > train.learning_starts:
         raise UserError(
             f"the model is first fitted at step {first_refit} (dynamics.learning_starts + interval_steps), "
-            f"after train.learning_starts = {train.learning_starts}; set dynamics.initial_fits, or start later"
+            f"after train.learning_starts = {train.learning_starts}; set dynamics.initial_fits"
         )
 
 
