@@ -5,8 +5,10 @@ Two coordinates that shrink, driven by one action, with Gaussian noise where a t
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -15,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_learner import SMALL as TINY
+from test_learner import Slide
 
+from mve import Learner, dynamics, imagine, schedule, train
 from mve import config as configuration
-from mve import dynamics, imagine, schedule
 from mve.dynamics import Dynamics, DynamicsConfig, fitting, rows
 from mve.dynamics.ensemble import Bounds, Homoscedastic
 from mve.types import Key, Known, Metrics, StepFn, Transition, UserError
@@ -291,6 +295,7 @@ def test_neighbours_in_time_are_held_out_together(chunk: int, share: float) -> N
     mask = np.asarray(rows.held_out(jnp.arange(140_000), config))
     assert abs(mask.mean() - share) < 0.03
     assert (mask.reshape(-1, chunk) == mask[::chunk, None]).all()
+    assert not mask[:chunk].any()  # a first fit has rows, however long the chunks
     some = np.random.default_rng(0).integers(0, 140_000, (4, 5))
     np.testing.assert_array_equal(rows.held_out(jnp.asarray(some), config), mask[some])
 
@@ -405,7 +410,7 @@ def test_the_best_members_on_held_out_rows_serve_imagined_steps() -> None:
     ranked, _ = fit(model, still, jnp.int32(1), jax.random.key(1), JUDGED)
     np.testing.assert_array_equal(ranked.elites, [2, 0])
     moved = STEP(ranked, KNOWN, config, jnp.zeros((8, 2)), jnp.zeros((8, 1)), jax.random.key(0))[0]
-    np.testing.assert_allclose(np.sort(np.asarray(moved[:, 0])), [-0.1] * 4 + [0.5] * 4, atol=0.05)
+    np.testing.assert_allclose(np.sort(np.asarray(moved[:, 0])), [-0.1] * 4 + [0.5] * 4, atol=0.15)
 
 
 def test_a_member_that_has_diverged_is_no_elite() -> None:
@@ -449,12 +454,39 @@ def test_a_row_keeps_its_member_under_tsinf_and_changes_it_under_ts1(elites: int
     np.testing.assert_array_equal(np.unique_counts(moved[0]).counts, 30 // serving)
     keys = jax.random.split(jax.random.key(1), 40)
     others = np.round([np.asarray(increments(model, config, key))[0] for key in keys])
-    assert all(
-        set(column) == set(range(1, serving + 1)) for column in others.T
-    )  # another rollout, another deal
+    # Another rollout, another deal: in time every row meets every member.
+    assert all(set(column) == set(range(1, serving + 1)) for column in others.T)
 
     anew = np.round(np.asarray(increments(model, replace(config, trajectory="ts1"), jax.random.key(0))))
     assert all(len(set(column)) > 1 for column in anew.T)
+
+
+# --- In training ---
+
+EVERYTHING = (
+    *("noise=heteroscedastic", "sample=state_and_reward", "trajectory=tsinf", "layer_norm=true"),
+    *("bootstrap=true", "holdout_share=0.3", "holdout_chunk_steps=10", "patience=2", "check_every=5"),
+    *("members=3", "elites=2", "interval_steps=50", "fits_per_refit=20", "initial_fits=20"),
+)
+
+
+def test_a_run_with_all_of_it_compiles_once_and_logs_the_last_fit_in_every_record(tmp_path: Path) -> None:
+    settings = [*TINY, *(f"dynamics.{setting}" for setting in EVERYTHING)]
+    train.learn.clear_cache()
+    learner = Learner(Slide(), run_dir=tmp_path / "run", settings=settings, quiet=True).learn(220)
+    assert train.learn._cache_size() == 1
+    model = learner._state.model
+    assert model is not None
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(model.nets))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if "train/critic_loss" in r]
+    assert len(records) == 8  # of which fits were made in 80, 120, 160 and 220
+    for record in records:
+        assert 5 <= record["model/fits"] <= 20
+        assert np.isfinite([record["model/loss"], record["model/holdout"]]).all()
+    assert len({record["model/loss"] for record in records}) == 4
+    again = Learner.load(tmp_path / "run", Slide())
+    assert same(again._state.model, model)
 
 
 # --- When fits are due, and settings that contradict each other ---

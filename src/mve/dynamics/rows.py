@@ -20,9 +20,13 @@ _POISSON_CDF = tuple(itertools.accumulate(math.exp(-1) / math.factorial(k) for k
 
 
 def held_out(step: Int[Array, " *batch"], config: DynamicsConfig) -> Bool[Array, " *batch"]:
-    """Whether no member may be fitted to the row: one draw for every chunk of neighbouring steps."""
+    """Whether no member may be fitted to the row: one draw for every chunk of neighbouring steps.
+
+    Never for the first chunk: however long chunks are, the first fit has to have rows.
+    """
     chunk = step // config.holdout_chunk_steps
-    return _uniform(_scramble(chunk.astype(jnp.uint32), HOLD_OUT)) < config.holdout_share
+    drawn = _uniform(_scramble(chunk.astype(jnp.uint32), HOLD_OUT)) < config.holdout_share
+    return drawn & (chunk > 0)
 
 
 def bootstrap_weights(step: Int[Array, " M *batch"]) -> Float[Array, " M *batch"]:
