@@ -151,7 +151,7 @@ def _minimise(
     num_fits: Array,
     key: Key,
 ) -> tuple[Dynamics, Metrics]:
-    """The minibatches of a fit; member by member the best weights, where they are looked for."""
+    """The minibatches of a fit; at its end every member's best weights, where they were looked for."""
 
     def one_fit(model: Dynamics, key: Key) -> tuple[Dynamics, Metrics]:
         return fit_step(model, _minibatch(sample_fn, config, key), config)
@@ -169,16 +169,23 @@ def _minimise(
         return Progress(model, jax.tree.map(jnp.add, progress.metrics, metrics), fits, best)
 
     zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(one_fit, model, key)[1])
-    best = None
+    nobody = None
     if judges is not None and config.patience:
-        best = Best(model.net, jnp.full(config.members, jnp.inf), jnp.int32(0))
-    done = jax.lax.while_loop(going_on, body, Progress(model, zeros, jnp.int32(0), best))
-    model, fits = done.model, done.fits.astype(jnp.float32)
-    if done.best is not None:
-        # Adam's moments and the homoscedastic noise, which the error does not judge, stay where they are.
-        model = replace(model, net=_choose(jnp.isfinite(done.best.score), done.best.net, model.net))
-    metrics = done.metrics | {"model/fits": fits * fits}
-    return model, jax.tree.map(lambda total: total / fits, metrics)  # 0 / 0 is NaN
+        nobody = Best(model.net, jnp.full(config.members, jnp.inf), jnp.int32(0))
+    done = jax.lax.while_loop(going_on, body, Progress(model, zeros, jnp.int32(0), nobody))
+    return _at_its_best(done), _mean_metrics(done)
+
+
+def _at_its_best(done: Progress) -> Dynamics:
+    """Adam's moments and what is learned of the noise, which the error does not judge, stay as they are."""
+    if done.best is None:
+        return done.model
+    return replace(done.model, net=_choose(jnp.isfinite(done.best.score), done.best.net, done.model.net))
+
+
+def _mean_metrics(done: Progress) -> Metrics:
+    fits = jnp.where(done.fits > 0, done.fits.astype(jnp.float32), jnp.nan)
+    return {name: total / fits for name, total in done.metrics.items()} | {"model/fits": fits}
 
 
 def _check(judges: Judges, model: Dynamics, best: Best) -> Best:

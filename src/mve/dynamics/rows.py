@@ -10,7 +10,7 @@ import itertools
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from mve.dynamics.settings import DynamicsConfig
 
@@ -20,9 +20,13 @@ _POISSON_CDF = tuple(itertools.accumulate(math.exp(-1) / math.factorial(k) for k
 
 
 def held_out(step: Int[Array, " *batch"], config: DynamicsConfig) -> Bool[Array, " *batch"]:
-    """Whether no member may be fitted to the row: one draw for every chunk of neighbouring steps."""
+    """Whether no member may be fitted to the row: one draw for every chunk of neighbouring steps.
+
+    Never for the first chunk: however long chunks are, the first fit has to have rows.
+    """
     chunk = step // config.holdout_chunk_steps
-    return _uniform(_scramble(chunk.astype(jnp.uint32), HOLD_OUT)) < config.holdout_share
+    drawn = _uniform(_scramble(chunk.astype(jnp.uint32), HOLD_OUT)) < config.holdout_share
+    return drawn & (chunk > 0)
 
 
 def bootstrap_weights(step: Int[Array, " M *batch"]) -> Float[Array, " M *batch"]:
@@ -49,7 +53,7 @@ def fitting_weights(step: Int[Array, " M B"], config: DynamicsConfig) -> tuple[A
     return (drawn if kept is None else drawn * kept), kept
 
 
-def _scramble(name: Int[Array, " *batch"], stream: int) -> Int[Array, " *batch"]:
+def _scramble(name: UInt[Array, " *batch"], stream: int) -> UInt[Array, " *batch"]:
     """A hash of 32 bits (xor-shift and multiply, constants of Wellons 2018), one for each stream.
 
     Not `jax.random`, whose draws another release may change: what was held out has to stay so.
@@ -60,6 +64,6 @@ def _scramble(name: Int[Array, " *batch"], stream: int) -> Int[Array, " *batch"]
     return x ^ (x >> 16)
 
 
-def _uniform(bits: Int[Array, " *batch"]) -> Float[Array, " *batch"]:
+def _uniform(bits: UInt[Array, " *batch"]) -> Float[Array, " *batch"]:
     """In [0, 1), from the upper 24 bits."""
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
