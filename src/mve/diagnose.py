@@ -2,7 +2,8 @@
 
 Episodes are played with the target policy, the one whose value the critic is asked for (SAC: the Gaussian
 actor; TD3: the smoothed slow actor; DDPG: the slow actor; DQN: the choice of the current critic or, if not
-double, of the slow one). What they pay is then an unbiased sample of that value, b being the bonus of acting (SAC's entropy term):
+double, of the slow one). What they pay is then an unbiased sample of that value, b being the bonus of acting
+(SAC's entropy term):
 
     G_t = r_t + gamma c_t (b_{t+1} + G_{t+1}).
 

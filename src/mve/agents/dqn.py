@@ -23,12 +23,16 @@ class DQNConfig(AgentConfig):
 
     hidden: Widths = (128, 128)
     """Widths of the hidden layers."""
+    layer_norm: bool = True
+    """LayerNorm before each activation: it steadies several updates per step."""
     critics: Positive = 1
     """N; the greedy action is that of the least of their values."""
     batch_size: Positive = 128
     """Real transitions per update (paper: 32)."""
-    critic_learning_rate: Rate = 1e-3
+    critic_learning_rate: Rate = 5e-4
     """Adam's step size."""
+    target_rate: Unit = 0.01
+    """Share of the new network in the slow copy, per update."""
     double: bool = True
     """Target actions are the current critic's choice, valued by the slow one (van Hasselt et al. 2016,
     equation 4); False: the slow critic's own choice, as in Mnih et al. 2015."""
