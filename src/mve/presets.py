@@ -54,8 +54,8 @@ _PAPER_HORIZON = {"HalfCheetah": 10, "Swimmer": 10, "Walker2d": 3}
 # What expansion adds to TD3 and SAC: four updates a step, as in the paper, want a critic with LayerNorm.
 _EXPANDED = {"targets.estimator": "mve_tdk", "train.updates_per_step": 4.0, "agent.layer_norm": True}
 
-# 500 random steps of CartPole are two dozen episodes, enough to begin with. Expansion is all that the two rows
-# differ in.
+# 500 random steps of CartPole are two dozen episodes, enough to begin with. The two rows differ by expansion
+# alone.
 _DISCRETE = {
     "train.learning_starts": 500,
     "dynamics.learning_starts": 500,
