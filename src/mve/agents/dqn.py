@@ -49,10 +49,14 @@ class DQNConfig(AgentConfig):
 
 
 class DQN(Agent):
-    """One update: an Adam step of the critics, then their slow copies move.
+    """Actions are one-hot vectors, so that any estimator's rows (s, a, y) train Q(s, a) = sum_i a_i Q(s)_i.
 
-    Slow copies follow by Polyak averaging where the paper copies every 10 000 updates, and the loss is a
-    plain square where the paper clips its gradient.
+        a*(s) = argmax_a Q(s, a)  (double)  or  argmax_a Q'(s, a),    V(s) = Q'(s, a*(s));
+
+    a* acts in imagination as well. Of N critics the least counts, in the argmax as in the target.
+
+    One update: an Adam step of the critics, then their slow copies move: by Polyak averaging, where the paper
+    copies every 10 000 updates. The loss is a plain square where the paper clips its gradient.
     """
 
     discrete: ClassVar[bool] = True
