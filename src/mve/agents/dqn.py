@@ -23,12 +23,16 @@ class DQNConfig(AgentConfig):
 
     hidden: Widths = (128, 128)
     """Widths of the hidden layers."""
+    layer_norm: bool = True
+    """LayerNorm before each activation: it steadies several updates per step."""
     critics: Positive = 1
     """N; the greedy action is that of the least of their values."""
     batch_size: Positive = 128
     """Real transitions per update (paper: 32)."""
-    critic_learning_rate: Rate = 1e-3
+    critic_learning_rate: Rate = 5e-4
     """Adam's step size."""
+    target_rate: Unit = 0.01
+    """Share of the new network in the slow copy, per update."""
     double: bool = True
     """Target actions are the current critic's choice, valued by the slow one (van Hasselt et al. 2016,
     equation 4); False: the slow critic's own choice, as in Mnih et al. 2015."""
@@ -45,10 +49,14 @@ class DQNConfig(AgentConfig):
 
 
 class DQN(Agent):
-    """One update: an Adam step of the critics, then their slow copies move.
+    """Actions are one-hot vectors, so that any estimator's rows (s, a, y) train Q(s, a) = sum_i a_i Q(s)_i.
 
-    Slow copies follow by Polyak averaging where the paper copies every 10 000 updates, and the loss is a
-    plain square where the paper clips its gradient.
+        a*(s) = argmax_a Q(s, a)  (double)  or  argmax_a Q'(s, a),    V(s) = Q'(s, a*(s));
+
+    a* acts in imagination as well. Of N critics the least counts, in the argmax as in the target.
+
+    One update: an Adam step of the critics, then their slow copies move: by Polyak averaging, where the paper
+    copies every 10 000 updates. The loss is a plain square where the paper clips its gradient.
     """
 
     discrete: ClassVar[bool] = True
