@@ -50,8 +50,7 @@ def check(config: Config, uses_model: bool) -> None:
     if uses_model and not dynamics.initial_fits and first_refit > train.learning_starts:
         raise UserError(
             f"the model is first fitted at step {first_refit} (dynamics.learning_starts + interval_steps), "
-<<<<<<< HEAD
-            f"after train.learning_starts = {train.learning_starts}; set dynamics.initial_fits or start later"
+            f"after train.learning_starts = {train.learning_starts}; set dynamics.initial_fits"
         )
     _check_estimator(config)
 
@@ -74,9 +73,6 @@ def _check_estimator(config: Config) -> None:
         raise UserError(
             f"targets.estimator = calibrated measures the model within a block: targets.horizon_steps = "
             f"{targets.horizon_steps} has to be at most train.block_steps = {block_steps}"
-=======
-            f"after train.learning_starts = {train.learning_starts}; set dynamics.initial_fits"
->>>>>>> h-dyn
         )
 
 
