@@ -190,12 +190,10 @@ def _target_metrics(critic_targets: CriticTargets, recipe: Recipe) -> Metrics:
     return metrics
 
 
-def _calibrated(
-    state: TrainState, block: Transition, num_rows: Array, recipe: Recipe, key: Key
-) -> Calibration:
-    """The model's errors on a block that it has not seen yet; nothing before the model is first fitted."""
-    model_key, value_key = jax.random.split(key)
+def calibrate(state: TrainState, block: Transition, num_rows: Array, recipe: Recipe, key: Key) -> Calibration:
+    """What the model's imagination of a block of real steps adds to what is known of its errors."""
     assert state.calibration is not None
+    model_key, value_key = jax.random.split(key)
     seen = calibration.replay(
         _target_step(state, recipe),
         estimator_fns(state, value_key),
@@ -205,9 +203,7 @@ def _calibrated(
         recipe.targets,
         model_key,
     )
-    observed = calibration.observe(state.calibration, seen, recipe.targets.calibration_decay)
-    was_fitted = state.num_env_steps > recipe.dynamics.learning_starts
-    return jax.tree.map(partial(jnp.where, was_fitted), observed, state.calibration)
+    return calibration.observe(state.calibration, seen, recipe.targets.calibration_decay)
 
 
 def fit_step(model: Dynamics, memory: Replay, recipe: Recipe, key: Key) -> tuple[Dynamics, Metrics]:
@@ -228,8 +224,11 @@ def learn(
     fit_key, update_key, replay_key = jax.random.split(_key_of_step(state, LEARN), 3)
     metrics: Metrics = {}
     if state.calibration is not None:
-        measured = _calibrated(state, block, num_rows, recipe, replay_key)
-        state, metrics = replace(state, calibration=measured), calibration.metrics(measured)
+        # On a block that the model has not seen yet, and never before it was first fitted.
+        was_fitted = state.num_env_steps > recipe.dynamics.learning_starts
+        observed = calibrate(state, block, num_rows, recipe, replay_key)
+        known = jax.tree.map(partial(jnp.where, was_fitted), observed, state.calibration)
+        state, metrics = replace(state, calibration=known), calibration.metrics(known)
 
     model, memory = state.model, state.replay
     if model is not None:
