@@ -125,6 +125,52 @@ def test_polyak_moves_by_its_rate() -> None:
     np.testing.assert_allclose(polyak(jnp.array([0.0, 10.0]), jnp.array([1.0, 0.0]), 0.1), [0.1, 9.0])
 
 
+# --- Densities, for Retrace ---
+
+
+@pytest.mark.parametrize("name", ["sac", "td3"])
+def test_densities_on_the_host_are_those_on_the_device(name: str) -> None:
+    policy = fresh(name).exploration_policy(jax.random.key(3))
+    obs, action = (np.array(x) for x in some_targets()[:2])
+    on_host = jax.tree.map(np.array, policy).log_density(obs, action)
+    assert isinstance(on_host, np.ndarray)
+    assert on_host.dtype == np.float32
+    np.testing.assert_allclose(on_host, policy.log_density(jnp.array(obs), jnp.array(action)), rtol=1e-4)
+
+
+def test_a_policy_that_acts_as_the_target_policy_does_has_ratio_one_exactly() -> None:
+    obs, action, *_ = some_targets()
+    sac = fresh("sac")
+    np.testing.assert_array_equal(
+        sac.log_density(obs, action), sac.exploration_policy(jax.random.key(3)).log_density(obs, action)
+    )
+
+
+def test_td3s_density_is_that_of_its_smoothing_noise_by_hand() -> None:
+    agent = fresh("td3", target_noise=0.2)
+    obs = some_targets().obs
+    mean, _ = fresh("td3", target_noise=0.0).target_policy(obs, jax.random.key(0))
+    # Two dimensions, one standard deviation off in each: -1 - 2 log 0.2 - log 2 pi.
+    expected = -1.0 - 2 * np.log(0.2) - np.log(2 * np.pi)
+    np.testing.assert_allclose(agent.log_density(obs, mean + 0.2), expected, rtol=1e-4)
+
+
+def test_ddpg_would_never_have_taken_the_actions_of_the_past() -> None:
+    obs, action, *_ = some_targets()
+    np.testing.assert_array_equal(fresh("ddpg").log_density(obs, action), -np.inf)
+    assert not config("ddpg").has_density
+    assert config("sac").has_density
+    assert not config("td3", target_noise=0.0).has_density
+    assert not config("td3", exploration_noise=0.0).has_density
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_slow_critics_are_asked_for_action_values(name: str) -> None:
+    agent, rows = updated(fresh(name), 3), some_targets()
+    expected = action_values(agent.target_critic, rows.obs, rows.action)  # pyright: ignore
+    np.testing.assert_allclose(agent.target_action_value(rows.obs, rows.action), expected)
+
+
 # --- DDPG ---
 
 
@@ -225,6 +271,15 @@ def test_sac_values_are_the_critics_less_the_tempered_log_density() -> None:
     np.testing.assert_allclose(agent.target_value(obs, jax.random.key(7)), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_density_of_an_action_is_that_of_the_draw_it_came_from() -> None:
+    actor = GaussianActor(MLP(OBS, 2 * ACTION, (16,), key=jax.random.key(4)))
+    noise = jax.random.normal(jax.random.key(5), (ROWS, ACTION))
+    action, log_density = actor.sample(some_targets().obs, noise)
+    np.testing.assert_allclose(actor.log_density(some_targets().obs, action), log_density, rtol=1e-3)
+    at_the_rim = actor.log_density(some_targets().obs, jnp.ones((ROWS, ACTION)))
+    assert np.isfinite(at_the_rim).all()
+
+
 @pytest.mark.parametrize(("target_entropy", "rises"), [(100.0, True), (-100.0, False)])
 def test_the_temperature_rises_while_entropy_is_below_its_target(target_entropy: float, rises: bool) -> None:
     start = fresh("sac", target_entropy=target_entropy)
@@ -319,7 +374,7 @@ def test_dqn_has_no_actor_to_differentiate_through_the_model() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("estimator", ["mve", "mve_tdk"])
+@pytest.mark.parametrize("estimator", ["mve", "mve_tdk", "calibrated"])
 def test_a_horizon_of_zero_trains_the_base_learner_bit_for_bit(name: str, estimator: str) -> None:
     results = []
     for settings in ({"estimator": "one_step"}, {"estimator": estimator, "horizon_steps": 0}):

@@ -263,6 +263,37 @@ def test_a_base_learner_gets_the_critic_part_alone(tmp_path: Path) -> None:
     assert "critic       bias +" in diagnose.summary(report, folder)
 
 
+@pytest.mark.parametrize("estimator", ["steve", "calibrated"])
+def test_weights_that_differ_by_state_are_reported_as_their_mean(estimator: str) -> None:
+    settings = [*TINY, f"targets.estimator={estimator}", "targets.horizon_steps=2"]
+    learner = Learner("Pendulum-v1", settings=settings, quiet=True)
+    state = learner._state
+    assert state.model is not None
+    block, _ = learner._env.collect(lambda obs: np.zeros(1), 40)
+    model = dynamics.observe(
+        state.model, jax.tree.map(jnp.asarray, block), jnp.int32(40), learner.config.dynamics
+    )
+    rows, starts = jax.tree.map(jnp.asarray, block), jnp.arange(30)
+    got = measure.estimated_targets(
+        eqx.tree_at(lambda s: s.model, state, model), learner._recipe, rows, starts
+    )
+    assert got.value.shape == (30,)
+    np.testing.assert_allclose(got.horizon_weight.sum(), 1.0, rtol=1e-5)
+    if estimator == "calibrated":  # nothing measured yet
+        np.testing.assert_array_equal(got.horizon_weight, [1.0, 0.0, 0.0])
+
+
+def test_retrace_is_judged_on_what_was_played() -> None:
+    """By the target policy itself: its traces are lambda, cut short where the episode is."""
+    settings = ["targets.estimator=retrace", "targets.horizon_steps=2", "targets.trace_decay=0.5"]
+    learner = Learner("Pendulum-v1", "sac", settings=[*settings, "agent.hidden=[16]"], quiet=True)
+    block, _ = learner._env.collect(lambda obs: np.zeros(1), 5)
+    rows = jax.tree.map(jnp.asarray, block)
+    got = measure.estimated_targets(learner._state, learner._recipe, rows, jnp.array([0, 3, 4]))
+    # From steps 0, 3 and 4: two steps follow, one, none.
+    np.testing.assert_allclose(got.horizon_weight, [(0.5 + 0.5 + 1) / 3, (0.25 + 0.5) / 3, 0.25 / 3])
+
+
 def test_diagnose_refuses_what_is_no_run_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -202,6 +202,51 @@ def test_an_agent_may_not_start_before_its_model(tmp_path: Path) -> None:
         Learner("Pendulum-v1", run_dir=tmp_path / "run", settings=settings).learn(200)
 
 
+def test_retrace_remembers_how_likely_each_action_was(tmp_path: Path) -> None:
+    settings = [*SMALL, "targets.estimator=retrace"]
+    learner = Learner(Slide(), "sac", run_dir=tmp_path / "run", settings=settings, quiet=True).learn(80)
+    log_density = np.asarray(learner._state.replay.rows.log_density)[:80]
+    warmup, later = log_density[:60], log_density[60:]
+    np.testing.assert_allclose(warmup, -np.log(2.0), rtol=1e-6)
+    assert np.isfinite(later).all()
+    assert len(np.unique(later)) == 20
+    records = [json.loads(line) for line in (learner.folder / "metrics.jsonl").read_text().splitlines()]
+    assert set().union(*records) >= {f"mve/weight_k{k}" for k in range(4)}
+    loaded = Learner.load(learner.folder, Slide(), quiet=True)
+    assert eqx.tree_equal(learner._state, loaded._state)
+
+
+def test_calibration_goes_into_the_checkpoint_and_the_log(tmp_path: Path) -> None:
+    settings = [*SMALL, "targets.estimator=calibrated", "targets.horizon_steps=2"]
+    learner = Learner(Slide(), run_dir=tmp_path / "run", settings=settings, quiet=True).learn(140)
+    loaded = Learner.load(learner.folder, Slide(), quiet=True)
+    assert learner._state.calibration is not None
+    assert float(learner._state.calibration.count[1]) > 20
+    assert eqx.tree_equal(learner._state, loaded._state)
+    records = [json.loads(line) for line in (learner.folder / "metrics.jsonl").read_text().splitlines()]
+    assert set().union(*records) >= {"mve/weight_k2", "mve/critic_rmse", "mve/imagined_rmse_k2"}
+
+
+@pytest.mark.parametrize(
+    ("algo", "settings", "complaint"),
+    [
+        ("ddpg", ["targets.estimator=retrace"], "policy with a density.* ddpg .*sac"),
+        ("td3", ["targets.estimator=retrace", "agent.exploration_noise=0"], "noise above 0.* td3"),
+        (
+            "mve-sac",
+            ["targets.estimator=calibrated", "targets.horizon_steps=21"],
+            "at most train.block_steps",
+        ),
+    ],
+)
+def test_targets_that_cannot_be_made_are_refused_in_one_line(
+    tmp_path: Path, algo: str, settings: list[str], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint) as caught:
+        Learner("Pendulum-v1", algo, run_dir=tmp_path / "run", settings=settings, quiet=True).learn()
+    assert "\n" not in str(caught.value)
+
+
 def test_a_memory_smaller_than_a_block_is_refused(tmp_path: Path) -> None:
     settings = [*SMALL, "replay.capacity=10"]
     with pytest.raises(UserError, match="does not hold one block"):

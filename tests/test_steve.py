@@ -84,6 +84,13 @@ def test_target_of_two_critics_and_two_members_by_hand(estimator: str, value: fl
     np.testing.assert_allclose(rows.weight, [1.0])
 
 
+def test_the_weights_that_were_given_are_reported_as_means_over_rows() -> None:
+    # Members 2 and 4 as above: 1/3, 2/3. Members that agree on 2: variances 4 and 1 by the critics: 1/5, 4/5.
+    reward = np.array([[2.0, 2.0], [4.0, 2.0]]).reshape(1, 1, 2, 2)
+    rows = estimate("steve", transition([1.0] * 2, [1.0] * 2), imagined(reward))
+    np.testing.assert_allclose(rows.horizon_weight, [(1 / 3 + 1 / 5) / 2, (2 / 3 + 4 / 5) / 2], rtol=1e-5)
+
+
 def test_learned_rewards_are_crossed_with_members_by_hand() -> None:
     # One reward model says 2 of either member's step, the other 4 and 8: mean 4, variance 6, and 1 from the
     # critics. k = 1 has mean 13.5, variance 7; weights 7/11, 4/11: mix 180/11.

@@ -111,22 +111,20 @@ def _target_metrics(critic_targets: CriticTargets, recipe: Recipe) -> Metrics:
     return metrics
 
 
-def _calibrated(state: TrainState, block: Transition, due: Due, recipe: Recipe, key: Key) -> Calibration:
-    """The model's errors on a block that it has not seen yet; nothing before the model is first fitted."""
-    model_key, value_key = jax.random.split(key)
+def calibrate(state: TrainState, block: Transition, num_rows: Array, recipe: Recipe, key: Key) -> Calibration:
+    """What the model's imagination of a block of real steps adds to what is known of its errors."""
     assert state.calibration is not None
+    model_key, value_key = jax.random.split(key)
     seen = calibration.replay(
         experience.target_step(state, recipe, model_key),
         estimator_fns(state, value_key),
         block,
-        due.rows,
+        num_rows,
         recipe.dynamics.members,
         recipe.targets,
         model_key,
     )
-    observed = calibration.observe(state.calibration, seen, recipe.targets.calibration_decay)
-    was_fitted = state.num_env_steps > recipe.dynamics.learning_starts
-    return jax.tree.map(partial(jnp.where, was_fitted), observed, state.calibration)
+    return calibration.observe(state.calibration, seen, recipe.targets.calibration_decay)
 
 
 @partial(jax.jit, static_argnames="recipe", donate_argnames="state")
@@ -140,8 +138,11 @@ def learn(state: TrainState, block: Transition, due: Due, recipe: Recipe) -> tup
     fit_key, branch_key, update_key, replay_key = keys
     metrics: Metrics = {}
     if state.calibration is not None:
-        measured = _calibrated(state, block, due, recipe, replay_key)
-        state, metrics = replace(state, calibration=measured), calibration.metrics(measured)
+        # On a block that the model has not seen yet, and never before it was first fitted.
+        was_fitted = state.num_env_steps > recipe.dynamics.learning_starts
+        observed = calibrate(state, block, due.rows, recipe, replay_key)
+        known = jax.tree.map(partial(jnp.where, was_fitted), observed, state.calibration)
+        state, metrics = replace(state, calibration=known), calibration.metrics(known)
 
     model, memory = state.model, state.replay
     if model is not None:

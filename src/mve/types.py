@@ -35,8 +35,8 @@ PolicyFn: TypeAlias = Callable[[Array, Key], tuple[Array, Array]]  # obs, key ->
 ValueFn: TypeAlias = Callable[[Array], Array]  # obs (*batch, S) -> one value per critic (N, *batch)
 ActionValueFn: TypeAlias = Callable[[Array, Array], Array]  # obs, action (*batch, A) -> (N, *batch)
 LogDensityFn: TypeAlias = Callable[[Array, Array], Array]  # obs, action -> log pi(a|s) (*batch), or -inf
-# members' variance and survival of the candidates 0..H (H+1, B) -> their squared error (H+1, B), or inf
-SquaredErrorFn: TypeAlias = Callable[[Array, Array], Array]
+# Of candidates 0..H: variance over members, of V(s_k) over critics, D_k -> squared error, all (H+1, B).
+SquaredErrorFn: TypeAlias = Callable[[Array, Array, Array], Array]
 
 # What an actor is improved on: its policy, and its value (*batch) of a state with the bonus of the action
 # taken there, make of start states (B, S) the values (B,) to raise and the bonuses (B,) of the first actions.

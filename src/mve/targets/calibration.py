@@ -14,8 +14,10 @@ expect where members are so far apart. The factor makes the mean of the predicti
 mean of log chi^2_1 is -1.27, so exp alone would be too low. Errors that members share are in it, unlike in
 STEVE's variance. Bonuses (SAC's entropy term) are left out: the logged actions' are the same on both sides.
 
-The critic's share is D_k^2 times the mean square of its errors, of which a multi-step TD error of the
-same blocks is a sample; it holds the noise of rewards and of logged actions that the policy would not take.
+The critic's share is measured in the same way, as depth 0: d_0 is a multi-step TD error of Q(s, a) on the
+same steps and spread_0^2 the variance over critics there (one critic: a constant, and the share is the mean
+square). It weighs D_k^2 in candidate k. It holds the noise of rewards, and of actions that the policy
+would not take; an error that outlasts the H steps is not seen.
 """
 
 from __future__ import annotations
@@ -38,35 +40,31 @@ LARGEST_LOG = 60.0  # of a squared error: sums of its exponential stay finite in
 
 
 class Replayed(NamedTuple):
-    """A block of T real steps, replayed from each of its states for k = 1..H steps."""
+    """A block of T real steps, replayed from each of its states; depth 0 is the critic's."""
 
-    error: Float[Array, " H T"]  # d_k
-    variance: Float[Array, " H T"]  # spread_k^2
-    valid: Bool[Array, " H T"]  # the k steps are within the block and one episode
-    critic_error: Float[Array, " T"]  # multi-step TD error
+    error: Float[Array, " depths T"]  # d_k
+    variance: Float[Array, " depths T"]  # spread_k^2
+    valid: Bool[Array, " depths T"]  # the k steps are within the block and one episode
 
 
 class Calibration(eqx.Module):
     """Sums over all segments seen, older blocks discounted; x = log spread^2, y = log d^2."""
 
-    count: Float[Array, " H"]
-    x: Float[Array, " H"]
-    y: Float[Array, " H"]
-    xx: Float[Array, " H"]
-    xy: Float[Array, " H"]
-    squared_error: Float[Array, " H"]  # of d^2
-    predicted: Float[Array, " H"]  # of exp(a + b x), by the line as it was then
-    critic_count: Float[Array, ""]
-    critic_squared_error: Float[Array, ""]
+    count: Float[Array, " depths"]
+    x: Float[Array, " depths"]
+    y: Float[Array, " depths"]
+    xx: Float[Array, " depths"]
+    xy: Float[Array, " depths"]
+    squared_error: Float[Array, " depths"]  # of d^2
+    predicted: Float[Array, " depths"]  # of exp(a + b x), by the line as it was then
 
 
 def init(horizon: int) -> Calibration:
     """Nothing measured yet."""
-    by_depth = {name: jnp.zeros(horizon) for name in Calibration.__dataclass_fields__}
-    return Calibration(**by_depth | {"critic_count": jnp.zeros(()), "critic_squared_error": jnp.zeros(())})
+    return Calibration(*(jnp.zeros(horizon + 1) for _ in Calibration.__dataclass_fields__))
 
 
-def line(calibration: Calibration) -> tuple[Float[Array, " H"], Float[Array, " H"]]:
+def line(calibration: Calibration) -> tuple[Float[Array, " depths"], Float[Array, " depths"]]:
     """a_k and b_k: least squares, the slope drawn to 1 where spreads hardly vary."""
     count = jnp.maximum(calibration.count, 1e-6)
     x, y = calibration.x / count, calibration.y / count
@@ -76,27 +74,36 @@ def line(calibration: Calibration) -> tuple[Float[Array, " H"], Float[Array, " H
     return y - slope * x, slope
 
 
-def _expected(calibration: Calibration, log_variance: Float[Array, " H B"]) -> Float[Array, " H B"]:
+def _on_the_line(calibration: Calibration, x: Float[Array, " depths B"]) -> Float[Array, " depths B"]:
     """exp(a_k + b_k x), without the factor."""
-    level, slope = (jnp.broadcast_to(c[:, None], log_variance.shape) for c in line(calibration))
-    return jnp.exp(jnp.minimum(level + slope * log_variance, LARGEST_LOG))
+    level, slope = (jnp.broadcast_to(c[:, None], x.shape) for c in line(calibration))
+    return jnp.exp(jnp.minimum(level + slope * x, LARGEST_LOG))
+
+
+def expected(calibration: Calibration, variance: Float[Array, " depths B"]) -> Float[Array, " depths B"]:
+    """d_k^2 to be expected where the spread at depth k is such; depth 0 is the critic's."""
+    factor = calibration.squared_error / jnp.maximum(calibration.predicted, 1e-30)
+    on_the_line = _on_the_line(calibration, jnp.log(variance + VARIANCE_FLOOR))
+    return jnp.broadcast_to(factor[:, None], variance.shape) * on_the_line
 
 
 def squared_error(
-    calibration: Calibration, variance: Float[Array, " H+1 B"], weighs: Float[Array, " H+1 B"]
-) -> Float[Array, " H+1 B"]:
-    """Expected squared error of the candidates 0..H of states where members vary so, V_k weighing `weighs`.
+    calibration: Calibration,
+    variance: Float[Array, " depths B"],
+    critic_variance: Float[Array, " depths B"],
+    weighs: Float[Array, " depths B"],
+) -> Float[Array, " depths B"]:
+    """Squared error to be expected of candidates 0..H, from the variance of each over the model's members,
+    that of V(s_k) over critics, and what V(s_k) weighs in it.
 
     Candidate 0 imagines nothing. A depth that was hardly measured yet has an infinite error: before
     there are data, `calibrated` is one_step.
     """
-    factor = calibration.squared_error / jnp.maximum(calibration.predicted, 1e-30)
-    model = _expected(calibration, jnp.log(variance[1:] + VARIANCE_FLOOR))
-    model = jnp.broadcast_to(factor[:, None], model.shape) * model
-    measured = jnp.broadcast_to((calibration.count >= FEWEST)[:, None], model.shape)
+    model = expected(calibration, variance)[1:]
+    measured = jnp.broadcast_to((calibration.count[1:] >= FEWEST)[:, None], model.shape)
     model = jnp.where(measured, model, jnp.inf)
-    critic = calibration.critic_squared_error / jnp.maximum(calibration.critic_count, 1e-6)
-    share = jnp.square(weighs) * critic + VARIANCE_FLOOR
+    critics = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), calibration)  # one line for all k
+    share = jnp.square(weighs) * expected(critics, critic_variance) + VARIANCE_FLOOR
     return share + jnp.concatenate([jnp.zeros_like(share[:1]), model])
 
 
@@ -106,11 +113,9 @@ def observe(calibration: Calibration, seen: Replayed, decay: float) -> Calibrati
     valid = seen.valid & jnp.isfinite(squared) & jnp.isfinite(seen.variance)
     x = jnp.log(jnp.where(valid, seen.variance, 0.0) + VARIANCE_FLOOR)
     y = jnp.minimum(jnp.log(jnp.where(valid, squared, 0.0) + VARIANCE_FLOOR), LARGEST_LOG)
-    critic = jnp.square(seen.critic_error)
-    row = jnp.isfinite(critic) & seen.valid[0]
 
-    def total(of: Array, where: Array = valid) -> Array:
-        return jnp.sum(jnp.where(where, of, 0.0), axis=-1)
+    def total(of: Array) -> Array:
+        return jnp.sum(jnp.where(valid, of, 0.0), axis=1)
 
     new = Calibration(
         count=total(jnp.ones_like(x)),
@@ -120,12 +125,10 @@ def observe(calibration: Calibration, seen: Replayed, decay: float) -> Calibrati
         xy=total(x * y),
         squared_error=total(jnp.exp(y)),
         predicted=jnp.zeros_like(calibration.predicted),
-        critic_count=total(jnp.ones_like(critic), row),
-        critic_squared_error=total(critic, row),
     )
     calibration = jax.tree.map(lambda old, block: decay * old + block, calibration, new)
     # By the line as it is now: the first blocks' own lines may be many orders of magnitude out.
-    predicted = calibration.predicted + total(_expected(calibration, x))
+    predicted = calibration.predicted + total(_on_the_line(calibration, x))
     return eqx.tree_at(lambda c: c.predicted, calibration, predicted)
 
 
@@ -163,31 +166,26 @@ def replay(
 
     imagined = candidate_returns(own_reward(reward), config.discount * continuation, value[:, :-1])
     truth = candidate_returns(real.reward, config.discount * real.continuation, value[:, -1])
-    return Replayed(
-        error=(jnp.mean(imagined, axis=1) - truth)[1:],
-        variance=jnp.var(imagined, axis=1)[1:],
-        valid=valid,
-        critic_error=_multi_step_error(ask, real, valid, value[1:, -1], config.discount),
-    )
+    critic_error, critic_variance = _of_the_critic(ask, real, valid, value[1:, -1], config.discount)
+    error = (jnp.mean(imagined, axis=1) - truth).at[0].set(critic_error)
+    variance = jnp.var(imagined, axis=1).at[0].set(critic_variance)
+    return Replayed(error, variance, valid=jnp.concatenate([valid[:1], valid]))
 
 
-def _multi_step_error(
+def _of_the_critic(
     ask: EstimatorFns, real: Transition, valid: Array, next_value: Array, discount: float
-) -> Float[Array, " T"]:
-    """sum_t D_t (r_t + gamma c_t V(s_{t+1}) - Q(s_t, a_t)) over the valid steps from each state.
-
-    How far H real steps would move Q(s_0, a_0) if the policy had taken the logged actions.
-    """
+) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
+    """sum_t D_t (r_t + gamma c_t V(s_{t+1}) - Q(s_t, a_t)) over the valid steps from each state: how far
+    they would move Q(s_0, a_0) had the policy taken them. And the variance of Q(s_0, a_0) over critics."""
     assert ask.action_value is not None
     step_discount = discount * real.continuation
-    error = real.reward + step_discount * next_value
-    error = error - jnp.min(ask.action_value(real.obs, real.action), axis=0)
-    return jnp.sum(jnp.where(valid, survival(step_discount)[:-1] * error, 0.0), axis=0)
+    action_value = ask.action_value(real.obs, real.action)
+    error = real.reward + step_discount * next_value - jnp.min(action_value, axis=0)
+    total = jnp.sum(jnp.where(valid, survival(step_discount)[:-1] * error, 0.0), axis=0)
+    return total, jnp.var(action_value[:, 0], axis=0)
 
 
 def metrics(calibration: Calibration) -> Metrics:
     """Root mean squares of what was measured: of the critic's multi-step error, and of d_k for each k."""
-    model = jnp.sqrt(calibration.squared_error / jnp.maximum(calibration.count, 1.0))
-    critic = jnp.sqrt(calibration.critic_squared_error / jnp.maximum(calibration.critic_count, 1.0))
-    by_depth = {f"mve/imagined_rmse_k{k + 1}": model[k] for k in range(model.shape[0])}
-    return {"mve/critic_rmse": critic} | by_depth
+    rms = jnp.sqrt(calibration.squared_error / jnp.maximum(calibration.count, 1.0))
+    return {f"mve/imagined_rmse_k{k}" if k else "mve/critic_rmse": rms[k] for k in range(rms.shape[0])}

@@ -111,20 +111,25 @@ def calibrated(
 ) -> CriticTargets:
     """Each horizon's mean over the members, weighted by the inverse of its *measured* squared error.
 
-    y = r + gamma * continuation * sum_k w_k mean_m C_k^m,    w_k ~ 1 / e_k(variance over members, D_k),
+    y = r + gamma * continuation * sum_k w_k mean_m C_k^m,    w_k ~ 1 / e_k
 
-    with e_k of `calibration.squared_error`: what such a spread has turned out to mean on real steps that
-    the model had not seen, plus the critic's share. STEVE takes the variance itself for e_k, and so
-    believes an error that all members share. The bootstrap is the least of the critics' values. Members
-    draw the same actions, so that they differ by the model alone, as they do where e_k is measured.
+    with e_k of `calibration.squared_error`: what such a spread of the members, and of the critics, has
+    turned out to mean on real steps that the model had not seen. STEVE takes the variance itself for
+    e_k, and so believes an error that all members share. The bootstrap is the least of the critics'
+    values. Members draw the same actions, so that they differ by the model alone, as where it is judged.
     """
     if imagined.reward.shape[0] == 0:
         return one_step(batch, imagined, ask, config)
     assert ask.squared_error is not None
     discount = config.discount * imagined.continuation
-    value = jnp.min(value_by_member(ask.value, imagined.obs), axis=0)
-    candidates = candidate_returns(own_reward(imagined.reward) + imagined.bonus, discount, value)
-    error = ask.squared_error(jnp.var(candidates, axis=1), jnp.mean(survival(discount), axis=1))
+    value = value_by_member(ask.value, imagined.obs)
+    reward = own_reward(imagined.reward) + imagined.bonus
+    candidates = candidate_returns(reward, discount, jnp.min(value, axis=0))
+    error = ask.squared_error(
+        jnp.var(candidates, axis=1),
+        jnp.mean(jnp.var(value, axis=0), axis=1),
+        jnp.mean(survival(discount), axis=1),
+    )
     weight = inverse_error_weights(error)
     mix = jnp.sum(weight * jnp.mean(candidates, axis=1), axis=0)
     return real_row(batch, mix, jnp.mean(weight, axis=1), config.discount)
