@@ -27,7 +27,7 @@ def with_budgets(config: Config, max_episode_steps: int | None) -> Config:
     )
 
 
-def check(config: Config, uses_model: bool) -> None:
+def check(config: Config, fits_model: bool) -> None:
     """Refuse a schedule in which nothing is learned, or the agent would imagine with an unfitted model."""
     train, dynamics = config.train, config.dynamics
     if train.total_steps <= train.learning_starts:
@@ -40,7 +40,7 @@ def check(config: Config, uses_model: bool) -> None:
             f"replay.capacity = {config.replay.capacity} does not hold one block of "
             f"train.block_steps = {train.block_steps} steps"
         )
-    if uses_model and dynamics.learning_starts > train.learning_starts:
+    if fits_model and dynamics.learning_starts > train.learning_starts:
         raise UserError(
             f"dynamics.learning_starts = {dynamics.learning_starts} is after train.learning_starts = "
             f"{train.learning_starts}: the agent would imagine with a model that was never fitted"

@@ -40,10 +40,15 @@ class Recipe:
     agent: AgentConfig
     dynamics: DynamicsConfig
     targets: TargetsConfig
+    simulator: StepFn | None = None  # the true dynamics, in place of a fitted model
 
     @property
     def uses_model(self) -> bool:
         return self.targets.imagined_steps > 0 or self.agent.model_steps > 0
+
+    @property
+    def fits_model(self) -> bool:
+        return self.uses_model and self.simulator is None
 
 
 class TrainState(eqx.Module):
@@ -54,7 +59,7 @@ class TrainState(eqx.Module):
     """
 
     replay: Replay
-    model: Dynamics | None  # None where the estimator imagines nothing
+    model: Dynamics | None  # None where the estimator imagines nothing, or the simulator does it
     agent: Agent
     num_env_steps: Array
     key: Key
@@ -65,7 +70,7 @@ def init(recipe: Recipe, capacity: int, seed: int) -> TrainState:
     sizes = recipe.obs_size, recipe.action_size
     return TrainState(
         replay=replay.init(capacity, *sizes),
-        model=dynamics.init(recipe.dynamics, recipe.known, *sizes, model_key) if recipe.uses_model else None,
+        model=dynamics.init(recipe.dynamics, recipe.known, *sizes, model_key) if recipe.fits_model else None,
         agent=agents.init(recipe.agent, *sizes, agent_key),
         num_env_steps=jnp.int32(0),
         key=root,
@@ -101,12 +106,16 @@ def _start_obs(batch: Transition, recipe: Recipe) -> Array:
     """The real next states, once for every member that is to imagine from them."""
     if not recipe.targets.keeps_members:
         return batch.next_obs
-    return jnp.broadcast_to(batch.next_obs, (recipe.dynamics.members, *batch.next_obs.shape))
+    # The simulator is an ensemble of one: its copies would agree.
+    members = recipe.dynamics.members if recipe.simulator is None else 1
+    return jnp.broadcast_to(batch.next_obs, (members, *batch.next_obs.shape))
 
 
 def _model_step(state: TrainState, recipe: Recipe) -> StepFn:
     """One imagined step of states (B, S)."""
     model = state.model
+    if recipe.simulator is not None:
+        return recipe.simulator
     if model is None:  # traced for a rollout of no steps, whose result is empty
         return lambda obs, action, key: (obs, jnp.zeros(obs.shape[:-1]), jnp.zeros(obs.shape[:-1]))
     return partial(dynamics.step, model, recipe.known, recipe.dynamics)
@@ -117,10 +126,22 @@ def _target_step(state: TrainState, recipe: Recipe) -> StepFn:
     model = state.model
     if not recipe.targets.keeps_members:
         return _model_step(state, recipe)
+    if recipe.simulator is not None:
+        return _with_one_opinion(recipe.simulator)
     if model is None:
         nothing = jnp.zeros
         return lambda obs, action, key: (obs, nothing((1, *obs.shape[:-1])), nothing(obs.shape[:-1]))
     return lambda obs, action, key: dynamics.member_step(model, recipe.known, recipe.dynamics, obs, action)
+
+
+def _with_one_opinion(step_fn: StepFn) -> StepFn:
+    """The same step with an axis for reward models, of which there is one."""
+
+    def step(obs: Array, action: Array, key: Key) -> tuple[Array, Array, Array]:
+        next_obs, reward, continuation = step_fn(obs, action, key)
+        return next_obs, reward[None], continuation
+
+    return step
 
 
 def _objective(state: TrainState, recipe: Recipe) -> ObjectiveFn:
