@@ -81,7 +81,7 @@ CASES = [
     # The torso lags by a third-order term in the time step, as in known.py; v5 shows contact forces.
     Case("Ant-v5", 3e-4, 0.2),
     Case("Ant-v4", 2e-5, 0.2),
-    # The solver stops after 50 iterations, wherever it began. What is large are the inertias and forces shown.
+    # The solver stops after 50 iterations, wherever it began. What is large are inertias and forces.
     Case("Humanoid-v5", 0.06, 6e-3),
     Case("HumanoidStandup-v5", 6e-3, 2e-5),
 ]

@@ -104,6 +104,8 @@ class Learner:
         )
         self._instance, self._eval_env = instance, eval_env
         if self.config.dynamics.kind == "oracle" and self._recipe.uses_model:
+            if self.config.agent.model_steps > 0:
+                raise UserError("dynamics.kind=oracle has no gradient, which agent.model_steps > 0 asks for")
             self._recipe = replace(self._recipe, simulator=self._simulator())
         self._eval_envs: list[gym.Env] = []
         self._user_functions = [
@@ -194,10 +196,6 @@ class Learner:
 
     def _simulator(self) -> StepFn:
         """The environment's own dynamics, from a copy that is set to whatever state is imagined."""
-        if self.config.agent.model_steps > 0:
-            raise UserError(
-                "dynamics.kind=oracle has no gradient, which agent.model_steps > 0 asks for; learn the model"
-            )
         env_config = self.config.env
         return oracle.simulator(
             host.make(env_config) if env_config.id else self._copy(self._instance, "to be set to states")
