@@ -22,8 +22,9 @@ in the model's place: what error is left is the critic's. The report's `mode` sa
 
 A fresh episode goes on past its time limit until what follows counts for one per cent, where the task is a
 Gymnasium id; its first steps, within the limit, are the ones judged. An episode that is cut off all the same
-has its tail valued by the critic, and steps in whose G that tail weighs more than 5 % are not scored; if all
-do, the quarter in which it weighs least is. The variance of G is a floor under every root mean square here; biases have none.
+has its tail valued by the critic, and steps in whose G that tail weighs more than 5 % are not scored; where
+none weighs less, the lightest quarter is. The variance of G is a floor under every root mean square here;
+biases have none.
 """
 
 from __future__ import annotations
@@ -223,7 +224,8 @@ def _errors_by_depth(state: Array, reward: Array, wrong_end: Array, valid: np.nd
 
     def by_depth(x: Array) -> Json:
         of_depth = (np.percentile(np.asarray(x[k])[:, valid[k]], (16, 50, 84)) for k in range(deepest))
-        low, median, high = zip(*of_depth, strict=True)
+        with np.errstate(invalid="ignore"):  # a model that diverges is no mistake of ours
+            low, median, high = zip(*of_depth, strict=True)
         return {"low": plain(low), "median": plain(median), "high": plain(high)}
 
     return {

@@ -70,12 +70,13 @@ def _draw_heading(figure: Any, report: Json) -> None:
 
 def _draw_model_error(axis: Any, error: Json, question: str, reading: str) -> None:
     """Medians with bands from the 16th to the 84th percentile, state and reward, in the data's spread."""
-    depth = error["depth"]
+    depth, ends = error["depth"], {name: error[name]["median"][-1] or 0.0 for name in ("state", "reward")}
     for name, colour in (("reward", ORANGE), ("state", BLUE)):
         low, median, high = (_floats(error[name][level]) for level in ("low", "median", "high"))
         axis.fill_between(depth, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.plot(depth, median, color=colour, linewidth=2.4, marker="o", markersize=4)
-        _name(axis, float(depth[-1]), median[-1], name, colour)
+        side = "bottom" if ends[name] == max(ends.values()) else "top"
+        _name(axis, float(depth[-1]), median[-1], name, colour, side)
     axis.set_ylim(bottom=0)
     axis.set_xticks(depth)
     axis.margins(x=0.02)
@@ -100,7 +101,8 @@ def _draw_values(axis: Any, report: Json) -> None:
     for handle in legend.legend_handles:
         handle.set_alpha(1.0)
         handle.set_sizes([28])
-    _title(axis, "Does the critic know what comes?", "predicted against earned; dashed: exact")
+    earners = " by the policies of the time" if report["mode"] == "replay" else ""
+    _title(axis, "Does the critic know what comes?", f"predicted against earned{earners}; dashed: exact")
     axis.set_xlabel("discounted return earned")
     axis.set_ylabel("predicted")
 
@@ -143,18 +145,16 @@ def _draw_whose_error(axis: Any, report: Json) -> None:
     chosen.set_axis_off()
     axis.set_zorder(chosen.get_zorder() + 1)
     axis.set_facecolor("none")
-    lines = [("learned", _floats(learned["rmse"]), BLUE), ("simulator", _floats(true["rmse"]), GREEN)]
-    sides = ("bottom", "top") if lines[0][1][-1] > lines[1][1][-1] else ("top", "bottom")
-    for (name, values, colour), side in zip(lines, sides, strict=True):
-        axis.plot(horizon, values, color=colour, linewidth=2.4, marker="o", markersize=4)
-        _name(axis, float(horizon[-1]), values[-1], name, colour, side)
-    axis.axhline(selector["rmse"], color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
     share = selector["share_won"]
-    won = "" if share is None else f"; the target wins {100 * share:.0f} % of the way there"
-    place = {"xytext": (4, 4), "textcoords": "offset points", "color": FAINT, "fontsize": 9.5}
-    axis.annotate(f"best horizon in every state{won}", (horizon[0], selector["rmse"]), **place)
+    won = "" if share is None else f"; the target comes {100 * share:.0f} % of the way"
+    shown = {"color": BLUE, "linewidth": 2.4, "marker": "o", "markersize": 4}
+    axis.plot(horizon, _floats(learned["rmse"]), label="learned model", **shown)
+    shown |= {"color": GREEN, "linestyle": (0, (3, 2))}  # dashed: where the model is good they coincide
+    axis.plot(horizon, _floats(true["rmse"]), label="true simulator", **shown)
+    axis.axhline(selector["rmse"], color=INK, linewidth=1.0, label=f"best horizon in each state{won}")
+    axis.legend(loc="upper left", fontsize=9.5, borderaxespad=0.2)
     axis.set_xticks(horizon)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.4 * axis.dataLim.ymax)  # room for the legend above the lines
     axis.margins(x=0.02)
     _title(axis, "Whose error is it, model's or critic's?", "rmse of the target; grey: states it was best in")
     axis.set_xlabel("horizon, imagined steps before the critic")
