@@ -53,9 +53,9 @@ def simulator(env: gym.Env[Any, Any]) -> StepFn:
 
         def set_observation(self, obs: np.ndarray) -> None: ...
 
-    which puts it into the state that shows `obs`; its next `step` has to be the one that would follow. Its
-    random draws and step counters are its own: a time limit is not heeded, a termination is. UserError if
-    the state of `env` cannot be set, or if a few steps from states set anew are not those of an episode.
+    which puts it into the state that shows `obs`, a final one included; its next `step` has to be the one
+    that would follow, without random draws. A time limit is not heeded, a termination is. UserError if the
+    state of `env` cannot be set, or if a few steps from states set anew are not those of an episode.
     """
     name, env = host.name_of(env), below_harmless_wrappers(env)
     env.reset(seed=0)
