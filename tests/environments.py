@@ -136,6 +136,36 @@ class LinearSystem(NamedTuple):
         return obs @ v.astype(dtype) + ((obs @ P.astype(dtype)) * obs).sum(-1)
 
 
+class Settable(gym.Env):
+    """A LinearSystem acted in, with actions within +-10; any state can be brought back by what it shows.
+
+    `ends_beyond`: an episode terminates when the first coordinate leaves this range.
+    """
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = Box(-10.0, 10.0, (1,), np.float64)
+
+    def __init__(self, system: LinearSystem, ends_beyond: float = np.inf):
+        self.system, self.ends_beyond = system, ends_beyond
+        self.num_steps = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.state, self.count = self.np_random.normal(size=2), 0
+        return self.state.copy(), {}
+
+    def set_observation(self, obs: np.ndarray) -> None:
+        self.state, self.count = np.array(obs, np.float64), 0
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        reward = float(self.system.reward(self.state, action))
+        self.state = self.system.next_obs(self.state, action)
+        self.count, self.num_steps = self.count + 1, self.num_steps + 1
+        return self.state.copy(), reward, bool(abs(self.state[0]) > self.ends_beyond), self.count == 25, {}
+
+
 def linear_system(discount: float = 0.9) -> LinearSystem:
     """A damped, driven oscillator; its closed loop shrinks every state by about 0.9 a step."""
     return LinearSystem(

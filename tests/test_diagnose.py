@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import gymnasium as gym
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gymnasium.spaces import Box
 
-from mve import Learner, diagnose, dynamics, measure, replay
+from mve import Learner, diagnose, dynamics, episodes, measure, replay
 from mve.agents import Agent
 from mve.agents.base import action_values
 from mve.agents.ddpg import DDPGConfig
 from mve.cli import main
 from mve.dynamics import Dynamics, DynamicsConfig
+from mve.envs import oracle
 from mve.measure import OpenLoop, Played
 from mve.networks import MLP, Policy
-from mve.state import Recipe
+from mve.state import Recipe, TrainState
 from mve.targets import TargetsConfig
-from mve.types import CriticTargets, Known, Transition
+from mve.types import CriticTargets, Known, Transition, UserError
 
 DEEPEST, GAMMA = 4, 0.9
 
@@ -179,6 +184,118 @@ def test_a_longer_horizon_discounts_the_critics_error() -> None:
     np.testing.assert_allclose(alone, [[10.9] * 10], rtol=1e-6)
 
 
+# The simulator beside the model
+
+
+class Walk(gym.Env):
+    """s' = s + a, reward 1; ends beyond 2."""
+
+    observation_space = Box(-np.inf, np.inf, (1,), np.float64)
+    action_space = Box(-1.0, 1.0, (1,), np.float64)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.state = np.zeros(1)
+        return self.state, {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.state = self.state + action
+        return self.state, 1.0, bool(self.state[0] > 2), False, {}
+
+
+class Line(Walk):
+    """One that can be set."""
+
+    def set_observation(self, obs: np.ndarray) -> None:
+        self.state = obs
+
+
+class Pushing(Constant):
+    """Pushes to the right, more gently further out."""
+
+    def target_policy(self, obs: Any, key: Any) -> tuple[Any, Any]:
+        return 1.0 / (1.0 + jnp.abs(obs)), jnp.zeros(obs.shape[:-1])
+
+
+def on_policy(bias: float, start: float = -5.0) -> measure.OnPolicy:
+    simulator, obs = oracle.simulator(Line()), jnp.full((3, 1), start)
+    model, agent = model_with((bias, bias)), Pushing.saying(0.0)
+    rolled = measure.on_policy(agent, model, RECIPE, simulator, obs, DEEPEST)
+    return measure.on_policy_errors(rolled, jnp.array([2.0]), jnp.float32(1))
+
+
+def test_a_perfect_model_goes_where_the_simulator_goes_under_the_policys_own_actions() -> None:
+    errors = on_policy(0.0)
+    np.testing.assert_allclose(errors.state, 0.0, atol=1e-6)
+    np.testing.assert_allclose(errors.reward, 0.0, atol=1e-6)
+    assert np.all(errors.running)
+    assert not np.any(errors.wrong_end)
+
+
+def test_the_simulator_tries_the_actions_that_were_taken_in_the_models_states() -> None:
+    """Had the policy acted in the simulator's own states, the errors would not add up to the pushes."""
+    depth = np.arange(1, DEEPEST + 1)[:, None]
+    np.testing.assert_allclose(on_policy(0.1).state, np.broadcast_to(0.05 * depth, (DEEPEST, 3)), atol=1e-6)
+
+
+def test_steps_after_the_simulators_end_are_left_out_and_the_end_that_was_missed_is_not() -> None:
+    errors = on_policy(0.0, start=1.2)  # 1.65, 2.03: over, which this model never says
+    np.testing.assert_array_equal(errors.running[:, 0], [True, True, False, False])
+    np.testing.assert_array_equal(errors.wrong_end[:2, 0], [False, True])
+
+
+def test_targets_made_in_the_simulator_have_the_critics_error_alone() -> None:
+    rows = jax.tree.map(jnp.asarray, played().rows)
+    # A reward that the model misreads, for it is thought to be somewhere else: r = s'.
+    recipe = replace(RECIPE, known=Known(lambda obs, action, next_obs: next_obs[..., 0], never))
+    agent = Constant.saying(3.0)
+
+    def still(obs: Any, action: Any, key: Any) -> tuple[Any, Any, Any]:
+        return obs + action, (obs + action)[..., 0], jnp.ones(obs.shape[:-1])
+
+    wrong = measure.targets_by_horizon(agent, model_with((0.5, 0.5)), recipe, rows, DEEPEST)
+    right = measure.targets_by_horizon(agent, None, replace(recipe, simulator=still), rows, DEEPEST)
+    stays = np.asarray(rows.next_obs[:, 0])
+    for k in range(DEEPEST + 1):
+        earned = 1.0 + sum(GAMMA ** (t + 1) for t in range(k)) * stays + GAMMA ** (k + 1) * 3.0
+        np.testing.assert_allclose(right[k], earned, rtol=1e-5)
+        drifted = sum(GAMMA ** (t + 1) * 0.5 * (t + 1) for t in range(k))
+        np.testing.assert_allclose(wrong[k] - right[k], drifted, atol=1e-5)
+
+
+def test_the_selector_takes_the_nearest_target_of_every_state() -> None:
+    earned = np.zeros(4)
+    by_horizon = np.array([[4.0, -4, 4, -4], [1, 5, -3, 4], [2, -1, 9, 4]])
+    # It takes 1, -1, -3, -4: of 1 + 1 + 9 + 16 the root mean square is sqrt(27/4); one step has 4.
+    target = by_horizon[1]  # squares 1 + 25 + 9 + 16
+    found = measure.selector(by_horizon, target, earned)
+    assert found["rmse"] == measure.plain([math.sqrt(27 / 4)])[0]
+    assert found["chosen"] == [0.25, 0.5, 0.25]
+    share = (4 - math.sqrt(51 / 4)) / (4 - math.sqrt(27 / 4))
+    assert found["share_won"] == measure.plain([share])[0]
+    assert measure.selector(by_horizon, by_horizon[0], earned)["share_won"] == 0
+    assert measure.selector(by_horizon[:1], by_horizon[0], earned)["share_won"] is None
+
+
+def test_the_target_that_training_makes_is_the_one_that_is_judged() -> None:
+    rows = jax.tree.map(jnp.asarray, played().rows)
+    state = TrainState(
+        replay=replay.init(1, 1, 1),
+        model=model_with((0.0, 0.0)),
+        calibration=None,
+        imagined=None,
+        agent=Constant.saying(7.0),
+        num_env_steps=jnp.int32(0),
+        key=jax.random.key(0),
+    )
+    by_horizon = measure.targets_by_horizon(state.agent, state.model, RECIPE, rows, 2)
+    steve = replace(RECIPE, targets=replace(RECIPE.targets, estimator="steve_mean"))
+    everywhere = jnp.arange(len(rows.reward))
+    for recipe, expected in ((RECIPE, by_horizon[2]), (steve, by_horizon.mean(axis=0))):
+        got = measure.estimated_targets(state, recipe, rows, everywhere)
+        np.testing.assert_allclose(got.value, expected, rtol=1e-6)
+
+
 def test_scores_and_plain_numbers_are_as_worked_by_hand() -> None:
     score = measure.score(np.array([1.0, 2.0, 6.0]), np.array([0.0, 2.0, 4.0]))
     assert score == {"bias": 1.0, "mse": 1.66667, "rmse": 1.29099}
@@ -251,6 +368,16 @@ def test_diagnose_writes_numbers_and_picture_and_says_what_it_found(
     assert [entry["depth"] for entry in report["calibration"]] == [1, 5, 10]
     assert len(report["samples"]["return"]) == 400
 
+    assert report["mode"] == "simulator"
+    assert report["why_no_simulator"] is None
+    assert report["model_error_on_policy"]["depth"] == list(range(1, 11))
+    true = report["targets_by_horizon_in_simulator"]
+    assert true["rmse"][0] == pytest.approx(found["rmse"][0])  # nothing is imagined at H = 0
+    assert report["selector"]["rmse"] <= min(found["rmse"])
+    assert sum(report["selector"]["chosen"]) == pytest.approx(1.0, abs=1e-5)
+    for name in ("on policy ", "true model ", "selector "):
+        assert f"\n{name}" in out
+
 
 def test_a_base_learner_gets_the_critic_part_alone(tmp_path: Path) -> None:
     learner = Learner("Pendulum-v1", "sac", settings=TINY[:1], run_dir=tmp_path / "none", quiet=True)
@@ -261,6 +388,85 @@ def test_a_base_learner_gets_the_critic_part_alone(tmp_path: Path) -> None:
     folder = diagnose.write(report, tmp_path / "out")
     assert (folder / "diagnosis.png").stat().st_size > 10_000
     assert "critic       bias +" in diagnose.summary(report, folder)
+    assert report["mode"] == "fresh"
+    assert "simulator" not in diagnose.summary(report, folder)
+
+
+# Without a step
+
+
+class Untouchable(Walk):
+    """Breaks if anyone acts in it."""
+
+    def step(self, action: np.ndarray) -> Any:
+        raise AssertionError("a step was taken")
+
+
+def remembering(capacity: int, lengths: Sequence[int], ended: bool, tmp_path: Path) -> Learner:
+    """Episodes of a point that moves to the right, in the replay of a learner that learned nothing."""
+    settings = [*TINY, f"replay.capacity={capacity}", "dynamics.stay_in_data=false"]
+    learner = Learner(Untouchable(), "mve-sac", settings=settings, run_dir=tmp_path / "run", quiet=True)
+    time = np.concatenate([np.arange(n) for n in lengths])
+    last = np.append(time[1:] == 0, True)
+    zeros = np.zeros(len(time), np.float32)
+    rows = Transition(
+        obs=np.float32(time)[:, None],
+        action=zeros[:, None],
+        reward=zeros + 1,
+        next_obs=np.float32(time)[:, None] + 1,
+        continuation=np.float32(~(last & ended)),
+        episode=np.repeat(np.int32(range(len(lengths))), lengths),
+        step=np.arange(1, len(time) + 1, dtype=np.int32),
+        log_density=zeros,
+    )  # pyright: ignore[reportArgumentType]
+    memory, rows = learner._state.replay, jax.tree.map(jnp.asarray, rows)
+    for start in range(0, len(time), capacity):
+        block = jax.tree.map(lambda x, start=start: x[start : start + capacity], rows)
+        memory = replay.add(memory, block, jnp.ones(len(block.reward), bool))
+    learner._state = eqx.tree_at(lambda s: s.replay, learner._state, memory)
+    return learner
+
+
+def test_the_newest_whole_episodes_are_remembered_in_order(tmp_path: Path) -> None:
+    learner = remembering(20, [10, 6, 5, 4], ended=False, tmp_path=tmp_path)
+    # The ring has lost five steps of the first, and the last may still be running.
+    found = episodes.remembered(learner, 5)
+    np.testing.assert_array_equal(found.rows.obs[:, 0], [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4])
+    np.testing.assert_array_equal(np.flatnonzero(found.last), [5, 10])
+    np.testing.assert_array_equal(found.time, found.rows.obs[:, 0])
+    np.testing.assert_array_equal(found.rows.episode, [0] * 6 + [1] * 5)
+    assert len(episodes.remembered(learner, 1).time) == 5
+    ended = remembering(25, [10, 6, 5, 4], ended=True, tmp_path=tmp_path)
+    np.testing.assert_array_equal(np.flatnonzero(episodes.remembered(ended, 2).last), [4, 8])
+    alone = remembering(60, [10], ended=False, tmp_path=tmp_path)
+    assert len(episodes.remembered(alone, 2).time) == 10  # better than nothing
+
+
+def test_a_diagnosis_of_the_replay_takes_no_step(tmp_path: Path) -> None:
+    learner = remembering(60, [20, 20, 20], ended=True, tmp_path=tmp_path)
+    report = diagnose.diagnose(learner, 2, from_replay=True)
+    assert report["mode"] == "replay"
+    assert report["returns"] == [20.0, 20.0]
+    assert report["model_error"]["depth"] == list(range(1, 11))
+    assert [entry["depth"] for entry in report["calibration"]] == [1, 5, 10]
+    assert report["critic"]["bias"] is not None
+    assert "targets_by_horizon" not in report
+    folder = diagnose.write(report, tmp_path / "out")
+    text = diagnose.summary(report, folder)
+    assert "2 remembered episodes" in text
+    assert "careful      the model was fitted to these episodes" in text
+    with pytest.raises(AssertionError, match="a step was taken"):
+        diagnose.diagnose(learner, 1)
+    simulator, why_not = diagnose._simulator(learner)
+    assert simulator is None
+    assert why_not is not None
+    assert "Untouchable cannot be set to a state" in why_not
+
+
+def test_a_replay_without_steps_is_refused(tmp_path: Path) -> None:
+    learner = Learner("Pendulum-v1", settings=TINY, run_dir=tmp_path / "none", quiet=True)
+    with pytest.raises(UserError, match="remembers no steps yet"):
+        diagnose.diagnose(learner, 1, from_replay=True)
 
 
 @pytest.mark.parametrize("estimator", ["steve", "calibrated"])

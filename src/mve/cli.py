@@ -176,12 +176,14 @@ class Plot:
 
 @dataclass(frozen=True)
 class Diagnose(OnRun):
-    """Measure a run's model, critic and targets against fresh episodes of the real environment."""
+    """Measure a run's model, critic and targets against fresh episodes, and its simulator set to states."""
 
     output: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder for diagnosis.json and diagnosis.png; RUN/diagnosis if not given."""
     episodes: Annotated[int, arg(metavar="N")] = 5
-    """How many to play."""
+    """How many to play, or to remember."""
+    replay: bool = False
+    """Play none: judge on the newest episodes that the run remembers."""
     json: bool = False
     """Print the numbers as JSON."""
 
@@ -190,7 +192,7 @@ class Diagnose(OnRun):
 
         episodes = _at_least_one("--episodes", self.episodes)
         learner = self.load()
-        report = diagnose.diagnose(learner, episodes)
+        report = diagnose.diagnose(learner, episodes, from_replay=self.replay)
         folder = diagnose.write(report, self.output or self.run_folder / "diagnosis")
         print(json.dumps(report, indent=2) if self.json else diagnose.summary(report, folder))
         return 0

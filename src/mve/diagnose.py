@@ -1,6 +1,6 @@
-"""How far a run's model, critic and targets are from the truth, measured on fresh real episodes.
+"""How far a run's model, critic and targets are from the truth, measured on real episodes.
 
-Episodes are played with the target policy, the one whose value the critic is asked for (SAC: the Gaussian
+Fresh ones are played with the target policy, the one whose value the critic is asked for (SAC: the Gaussian
 actor; TD3: the smoothed slow actor; DDPG: the slow actor; DQN: the choice of the current critic or, if not
 double, of the slow one). What they pay is then an unbiased sample of that value, b being the bonus of acting
 (SAC's entropy term):
@@ -11,68 +11,106 @@ Against G_t stand the critic's Q(s_t, a_t) and the target of every horizon k,
 
     y_k = r_t + gamma c_t C_k(s_{t+1}),    C_k of `targets.candidate_returns`, imagined as in training;
 
-against the real states stand those that the model reaches by the logged actions. No simulator is set to a
-state, so any environment will do. (Where one can be, imagined actions could be tried for real: not yet here.)
+against the real states stand those that the model reaches by the logged actions. Where the simulator can be
+set to a state, it also tries the actions that the policy takes in imagination, and targets are made with it
+in the model's place: what error is left is the critic's. The report's `mode` says what was used:
 
-An episode goes on past its time limit until what follows counts for one per cent, where the task is a
+    simulator    fresh episodes, and the simulator set to their states
+    fresh        fresh episodes alone
+    replay       no environment step at all: the newest episodes that the run remembers. The model has been
+                 fitted to them, so its errors are lower bounds; their returns are the behaviour policies',
+                 so the critic's bias takes in how far the policy has moved on. Targets are not judged.
+
+A fresh episode goes on past its time limit until what follows counts for one per cent, where the task is a
 Gymnasium id; its first steps, within the limit, are the ones judged. An episode that is cut off all the same
-has its tail valued by the critic, and steps in whose G that tail weighs more than 5 % are not scored, unless
-there are no others. The variance of G is a floor under every root mean square here; biases have none.
+has its tail valued by the critic, and steps in whose G that tail weighs more than 5 % are not scored; where
+none weighs less, the lightest quarter is. The variance of G is a floor under every root mean square here;
+biases have none.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mve import log, measure, picture
-from mve.agents import Agent
+from mve import episodes, log, measure, picture
 from mve.dynamics import Dynamics
-from mve.envs import host
-from mve.envs.host import HostEnv
 from mve.evaluate import LONGEST_EPISODE
 from mve.learner import Learner
 from mve.measure import Played, plain
 from mve.networks import SMALLEST_STD
-from mve.types import Json, Transition, UserError
+from mve.types import Json, StepFn, Transition, UserError
 
 DEEPEST = 10  # steps of open loop, and horizons tried, or the run's own horizon if that is longer
 MOST_STARTS = 5000  # states that are judged
-TAIL, LARGEST_TAIL = 0.01, 0.05  # weight of what is not played: aimed at, and accepted
-DIAGNOSIS_STREAM = 4  # first word of the seeds of these episodes; training and evaluation have others
+LARGEST_TAIL = 0.05  # weight in a return of what was not played, as far as it is accepted
 BINS, SAMPLES = 12, 1500  # of the calibration; pairs of value and return that are kept for the picture
 
 
-def diagnose(learner: Learner, episodes: int = 5) -> Json:
+class Judged(NamedTuple):
+    """The steps that critic and targets are scored on, and what they earned."""
+
+    played: Transition  # every step
+    starts: Array  # those that are scored
+    rows: Transition
+    earned: np.ndarray
+    tail: np.ndarray
+
+
+def diagnose(learner: Learner, num_episodes: int = 5, *, from_replay: bool = False) -> Json:
     """Every number, as plain data: model error by depth, critic, targets by horizon, calibration."""
-    settings = learner.config
+    settings, recipe = learner.config, learner._recipe
     deepest = max(DEEPEST, settings.targets.imagined_steps)
+    simulator, why_not = None, "replay was asked for"
     with log.capture_mujoco_warnings(None):
-        played = play(learner, episodes)
-    limit = learner.spec.max_episode_steps or LONGEST_EPISODE
-    starts = _thinned(np.flatnonzero(played.time < limit), MOST_STARTS)
-    within = jax.tree.map(lambda x: x[played.time < limit], played)
-    returns = np.bincount(within.rows.episode, within.rows.reward)
-    report: Json = {
-        "env": learner.spec.name,
-        "algo": settings.algo,
-        "seed": settings.seed,
-        "step": learner.num_timesteps,
-        "discount": settings.targets.discount,
-        "returns": plain(returns),
-        "lengths": np.bincount(within.rows.episode).tolist(),
-        "starts": len(starts),
-    }
-    report |= _values(learner, played, starts, deepest)
-    if learner._state.model is not None:
-        report |= _model_errors(learner, learner._state.model, played, starts, deepest)
+        if from_replay:
+            played = episodes.remembered(learner, num_episodes)
+        else:
+            played = episodes.play(learner, num_episodes)
+            simulator, why_not = _simulator(learner)
+        limit = learner.spec.max_episode_steps or LONGEST_EPISODE
+        starts = _thinned(np.flatnonzero(played.time < limit), MOST_STARTS)
+        within = jax.tree.map(lambda x: x[played.time < limit], played)
+        returns = np.bincount(within.rows.episode, within.rows.reward)
+        report: Json = {
+            "mode": "replay" if from_replay else "fresh" if simulator is None else "simulator",
+            "why_no_simulator": why_not,
+            "env": learner.spec.name,
+            "algo": settings.algo,
+            "seed": settings.seed,
+            "step": learner.num_timesteps,
+            "discount": settings.targets.discount,
+            "returns": plain(returns),
+            "lengths": np.bincount(within.rows.episode).tolist(),
+            "starts": len(starts),
+        }
+        judged = _judged(learner, played, starts)
+        report |= _critic(learner, judged)
+        if not from_replay:
+            shown, found = _targets(learner, judged, simulator, deepest)
+            report["samples"]["target"] = shown
+            report |= found
+        if (model := learner._state.model) is not None:
+            report |= _model_errors(learner, model, played, starts, deepest)
+            if simulator is not None and recipe.simulator is None:
+                report |= _on_policy(learner, model, simulator, played, starts, deepest)
     return report
+
+
+def _simulator(learner: Learner) -> tuple[StepFn | None, str | None]:
+    """The true dynamics, or why there are none to compare with."""
+    if not learner._recipe.uses_model:
+        return None, "the run imagines nothing"
+    try:
+        return learner._recipe.simulator or learner._simulator(), None
+    except UserError as error:
+        return None, str(error)
 
 
 def write(report: Json, folder: Path) -> Path:
@@ -86,94 +124,65 @@ def write(report: Json, folder: Path) -> Path:
     return folder
 
 
-# Playing
-
-
-def play(learner: Learner, episodes: int) -> Played:
-    """So many whole episodes of the target policy, in an environment of their own."""
-    settings, agent = learner.config, learner._state.agent
-    limit, cuts_reward = learner.spec.max_episode_steps, settings.env.truncation_is_terminal
-    env_config = settings.env
-    if limit is not None and env_config.id and not cuts_reward:
-        longer = limit + _steps_until(TAIL, settings.targets.discount)
-        env_config = replace(env_config, kwargs={**(env_config.kwargs or {}), "max_episode_steps": longer})
-    env = host.make(env_config) if env_config.id else learner._another_env()
-    seeds = [host.episode_seed(DIAGNOSIS_STREAM, settings.seed, number) for number in range(episodes)]
-    played = [
-        _play_episode(HostEnv(env, seed=seed, truncation_is_terminal=cuts_reward), agent, number)
-        for number, seed in enumerate(seeds)
-    ]
-    return jax.tree.map(lambda *x: np.concatenate(x), *played)
-
-
-def _play_episode(env: HostEnv, agent: Agent, number: int) -> Played:
-    bonuses, rows, ended = [], [], []
-
-    def policy(obs: np.ndarray) -> np.ndarray:
-        action, bonus = jax.device_get(_act(agent, obs, number, len(bonuses)))
-        bonuses.append(bonus)
-        return action
-
-    while not ended and len(rows) < LONGEST_EPISODE:
-        row, ended = env.collect(policy, 1)
-        rows.append(row)
-    joined: Transition = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-    time = np.arange(len(rows))
-    joined = joined._replace(episode=np.full_like(joined.episode, number))
-    return Played(joined, np.array(bonuses, np.float32), time == time[-1], time)
-
-
-@jax.jit
-def _act(agent: Agent, obs: Array, episode: Array, step: Array) -> tuple[Array, Array]:
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(DIAGNOSIS_STREAM), episode), step)
-    action, bonus = agent.target_policy(obs[None], key)
-    return action[0], bonus[0]
-
-
-def _steps_until(weight: float, discount: float) -> int:
-    """n with discount^n = weight, rounded up; none at all where the discount is 0 or 1."""
-    if not 0 < discount < 1:
-        return 0
-    return min(math.ceil(math.log(weight) / math.log(discount)), LONGEST_EPISODE)
-
-
 # Judging
 
 
-def _values(learner: Learner, played: Played, starts: np.ndarray, deepest: int) -> Json:
-    """Critic and targets against the returns that were earned."""
-    agent, model, recipe = learner._state.agent, learner._state.model, learner._recipe
+def _judged(learner: Learner, played: Played, starts: np.ndarray) -> Judged:
     ends, tail_value = np.flatnonzero(played.last), np.zeros(len(played.last), np.float32)
-    tail_value[ends] = measure.state_values(agent, played.rows.next_obs[ends])
-    earned, tail = measure.monte_carlo_returns(played, tail_value, recipe.targets.discount)
+    tail_value[ends] = measure.state_values(learner._state.agent, played.rows.next_obs[ends])
+    earned, tail = measure.monte_carlo_returns(played, tail_value, learner.config.targets.discount)
     kept = starts[tail[starts] <= LARGEST_TAIL]
-    kept = kept if len(kept) else starts
-    rows: Transition = jax.tree.map(lambda x: jnp.asarray(x[kept]), played.rows)
-    earned, used = earned[kept], max(recipe.targets.imagined_steps, recipe.targets.recalled_steps)
-    critic = np.asarray(measure.critic_values(agent, rows.obs, rows.action))
-    by_horizon = np.asarray(measure.targets_by_horizon(agent, model, recipe, rows, deepest))
-    scores = [measure.score(target, earned) for target in by_horizon]
+    if len(kept) == 0:
+        kept = np.sort(starts[np.argsort(tail[starts], kind="stable")[: -(-len(starts) // 4)]])
     everything: Transition = jax.tree.map(jnp.asarray, played.rows)
-    estimated = measure.estimated_targets(learner._state, recipe, everything, jnp.asarray(kept))
-    target, weights = np.asarray(estimated.value)[: len(kept)], plain(estimated.horizon_weight)
-    shown = _thinned(np.arange(len(kept)), SAMPLES)
+    rows: Transition = jax.tree.map(lambda x: x[kept], everything)
+    return Judged(everything, jnp.asarray(kept), rows, earned[kept], tail[kept])
+
+
+def _critic(learner: Learner, judged: Judged) -> Json:
+    """The critic against the returns that were earned."""
+    rows, earned, tail = judged.rows, judged.earned, judged.tail
+    critic = np.asarray(measure.critic_values(learner._state.agent, rows.obs, rows.action))
+    shown = _thinned(np.arange(len(earned)), SAMPLES)
     return {
-        "scored": len(kept),
-        "largest_tail_weight": plain([tail[kept].max()])[0],
+        "scored": len(earned),
+        "largest_tail_weight": plain([tail.max()])[0],
         "return_std": plain([earned.std()])[0],
         "critic": measure.score(critic, earned),
+        "samples": {"return": plain(earned[shown]), "critic": plain(critic[shown])},
+    }
+
+
+def _targets(
+    learner: Learner, judged: Judged, simulator: StepFn | None, deepest: int
+) -> tuple[list[float | None], Json]:
+    """Some of the critic's targets, and how far they are from what was earned, by horizon."""
+    state, recipe = learner._state, learner._recipe
+    rows, earned = judged.rows, judged.earned
+    by_horizon = np.asarray(measure.targets_by_horizon(state.agent, state.model, recipe, rows, deepest))
+    used = max(recipe.targets.imagined_steps, recipe.targets.recalled_steps)
+    estimated = measure.estimated_targets(state, recipe, judged.played, judged.starts)
+    target, weights = np.asarray(estimated.value)[: len(earned)], plain(estimated.horizon_weight)
+    shown = _thinned(np.arange(len(earned)), SAMPLES)
+    found: Json = {
         "target": {"horizon": used} | measure.score(target, earned),
-        "targets_by_horizon": {
-            "horizon": list(range(len(scores))),
-            **{name: [score[name] for score in scores] for name in scores[0]},
-        },
+        "targets_by_horizon": _by_horizon(by_horizon, earned),
         "best_horizon": int(np.argmin(np.mean((by_horizon - earned) ** 2, axis=1))),
-        "horizon_weights": weights + [0.0] * (len(scores) - len(weights)),
-        "samples": {
-            "return": plain(earned[shown]),
-            "critic": plain(critic[shown]),
-            "target": plain(target[shown]),
-        },
+        "horizon_weights": weights + [0.0] * (len(by_horizon) - len(weights)),
+        "selector": measure.selector(by_horizon, target, earned) if len(by_horizon) > 1 else None,
+    }
+    if simulator is not None and recipe.simulator is None:
+        true = replace(recipe, simulator=simulator)
+        exact = measure.targets_by_horizon(state.agent, None, true, rows, deepest)
+        found["targets_by_horizon_in_simulator"] = _by_horizon(np.asarray(exact), earned)
+    return plain(target[shown]), found
+
+
+def _by_horizon(values: np.ndarray, earned: np.ndarray) -> Json:
+    scores = [measure.score(value, earned) for value in values]
+    return {
+        "horizon": list(range(len(scores))),
+        **{name: [score[name] for score in scores] for name in scores[0]},
     }
 
 
@@ -181,33 +190,58 @@ def _model_errors(
     learner: Learner, model: Dynamics, played: Played, starts: np.ndarray, deepest: int
 ) -> Json:
     """Error by depth in units of the replay's spread, and the members' spread against it."""
-    recipe, memory = learner._recipe, learner._state.replay
+    recipe = learner._recipe
     ends = np.flatnonzero(played.last)
     remaining = ends[np.searchsorted(ends, starts)] - starts + 1
     deepest = min(deepest, int(remaining.max()))
-    spread = [_spread(np.asarray(x)[: int(memory.size)]) for x in (memory.rows.next_obs, memory.rows.reward)]
     rows: Transition = jax.tree.map(jnp.asarray, played.rows)
-    errors = measure.open_loop(model, recipe, rows, jnp.asarray(starts), *spread, deepest)
-    wrong_end = np.asarray(errors.wrong_end)
+    errors = measure.open_loop(model, recipe, rows, jnp.asarray(starts), *_spreads(learner), deepest)
     valid = remaining[None] > np.arange(deepest)[:, None]
-
-    def by_depth(x: np.ndarray) -> Json:
-        low, median, high = zip(
-            *(np.percentile(x[k][:, valid[k]], (16, 50, 84)) for k in range(deepest)), strict=True
-        )
-        return {"low": plain(low), "median": plain(median), "high": plain(high)}
-
     depths = sorted({1, (1 + deepest) // 2, deepest})
     several = recipe.dynamics.members > 1
     return {
-        "model_error": {
-            "depth": list(range(1, deepest + 1)),
-            "state": by_depth(np.asarray(errors.state)),
-            "reward": by_depth(np.asarray(errors.reward)),
-            "wrong_end": plain(float(wrong_end[k][:, valid[k]].mean()) for k in range(deepest)),
-        },
+        "model_error": _errors_by_depth(errors.state, errors.reward, errors.wrong_end, valid),
         "calibration": measure.calibration(errors, valid, depths, BINS) if several else None,
     }
+
+
+def _on_policy(
+    learner: Learner, model: Dynamics, simulator: StepFn, played: Played, starts: np.ndarray, deepest: int
+) -> Json:
+    """Error by depth under the policy's own actions, which the simulator tries as well."""
+    obs = jnp.asarray(played.rows.obs[starts])
+    rolled = measure.on_policy(learner._state.agent, model, learner._recipe, simulator, obs, deepest)
+    obs_spread, reward_spread = _spreads(learner)
+    errors = measure.on_policy_errors(rolled, obs_spread, reward_spread)
+    valid = np.asarray(errors.running)
+    valid = valid[: max(int(valid.any(axis=1).sum()), 1)]
+    error = _errors_by_depth(errors.state[:, None], errors.reward[:, None], errors.wrong_end[:, None], valid)
+    return {"model_error_on_policy": error}
+
+
+def _errors_by_depth(state: Array, reward: Array, wrong_end: Array, valid: np.ndarray) -> Json:
+    """Percentiles over members and states of errors (K, M, B), where `valid` (K, B) says."""
+    deepest = len(valid)
+
+    def by_depth(x: Array) -> Json:
+        of_depth = (np.percentile(np.asarray(x[k])[:, valid[k]], (16, 50, 84)) for k in range(deepest))
+        with np.errstate(invalid="ignore"):  # a model that diverges is no mistake of ours
+            low, median, high = zip(*of_depth, strict=True)
+        return {"low": plain(low), "median": plain(median), "high": plain(high)}
+
+    return {
+        "depth": list(range(1, deepest + 1)),
+        "state": by_depth(state),
+        "reward": by_depth(reward),
+        "wrong_end": plain(np.asarray(wrong_end[k])[:, valid[k]].mean() for k in range(deepest)),
+    }
+
+
+def _spreads(learner: Learner) -> tuple[Array, Array]:
+    """Of the states and rewards in the replay."""
+    memory = learner._state.replay
+    states, rewards = (np.asarray(x)[: int(memory.size)] for x in (memory.rows.next_obs, memory.rows.reward))
+    return _spread(states), _spread(rewards)
 
 
 def _spread(x: np.ndarray) -> Array:
@@ -223,23 +257,21 @@ def _thinned(index: np.ndarray, most: int) -> np.ndarray:
 
 def summary(report: Json, folder: Path) -> str:
     """What a person wants to know first."""
-    critic, target, error = report["critic"], report["target"], report.get("model_error")
+    critic, error = report["critic"], report.get("model_error")
+    played = "remembered" if report["mode"] == "replay" else "fresh"
     lines = [
         f"{report['env']}, {report['algo']}, step {report['step']}: "
-        f"{len(report['returns'])} fresh episodes, {report['scored']} states scored",
+        f"{len(report['returns'])} {played} episodes, {report['scored']} states scored",
         f"returns      {np.mean(report['returns']):.1f} ± {np.std(report['returns']):.1f} an episode; "
         f"discounted they spread by {report['return_std']:.4g}",
         f"critic       bias {critic['bias']:+.4g}, root mean square error {critic['rmse']:.4g}",
     ]
+    if report.get("selector") is not None:
+        lines += _about_targets(report)
     if error is not None:
-        best = report["best_horizon"]
-        first, last = error["state"]["median"][0], error["state"]["median"][-1]
-        lines += [
-            f"target H={target['horizon']}   bias {target['bias']:+.4g}, root mean square error "
-            f"{target['rmse']:.4g}; least at H={best}: {report['targets_by_horizon']['rmse'][best]:.4g}",
-            f"model        error {first:.3g} after 1 step, {last:.3g} after "
-            f"{error['depth'][-1]}, in spreads of the data",
-        ]
+        lines.append(_about_model("model", error, "logged actions"))
+    if "model_error_on_policy" in report:
+        lines.append(_about_model("on policy", report["model_error_on_policy"], "the policy's own actions"))
     for found in report.get("calibration") or []:
         lines.append(
             f"ensemble     {found['depth']} deep: error {found['ratio']:.2f} times the members' spread"
@@ -249,4 +281,36 @@ def summary(report: Json, folder: Path) -> str:
             f"careful      episodes are short: up to {100 * report['largest_tail_weight']:.0f} % of a return "
             "is the critic's own guess, which hides its errors"
         )
+    if report["mode"] == "replay":
+        lines.append(
+            "careful      the model was fitted to these episodes, and policies of their time played them"
+        )
+    elif report["mode"] == "fresh" and (error is not None or report.get("selector") is not None):
+        lines.append(f"simulator    not asked: {report['why_no_simulator']}")
     return "\n".join([*lines, f"written      {folder}"])
+
+
+def _about_targets(report: Json) -> list[str]:
+    target, found, best = report["target"], report["targets_by_horizon"], report["best_horizon"]
+    selector, exact = report["selector"], report.get("targets_by_horizon_in_simulator")
+    lines = [
+        f"target H={target['horizon']}   bias {target['bias']:+.4g}, root mean square error "
+        f"{target['rmse']:.4g}; least at H={best}: {found['rmse'][best]:.4g}"
+    ]
+    if exact is not None:
+        used = target["horizon"]
+        lines.append(
+            f"true model   root mean square error {exact['rmse'][used]:.4g} at H={used}, "
+            f"{exact['rmse'][-1]:.4g} at H={exact['horizon'][-1]}: what the critic and chance leave"
+        )
+    share = selector["share_won"]
+    won = "" if share is None else f"; the target wins {100 * share:.0f} % of what that gains over one step"
+    return [*lines, f"selector     {selector['rmse']:.4g} with each state's best horizon{won}"]
+
+
+def _about_model(name: str, error: Json, actions: str) -> str:
+    first, last = error["state"]["median"][0], error["state"]["median"][-1]
+    return (
+        f"{name:13s}error {first:.3g} after 1 step, {last:.3g} after {error['depth'][-1]}, "
+        f"in spreads of the data ({actions})"
+    )

@@ -92,12 +92,16 @@ def _start_obs(batch: Transition, recipe: Recipe) -> Array:
     """The real next states, once for every member that is to imagine from them."""
     if not recipe.targets.keeps_members:
         return batch.next_obs
-    return jnp.broadcast_to(batch.next_obs, (recipe.dynamics.members, *batch.next_obs.shape))
+    # The simulator is an ensemble of one: its copies would agree.
+    members = recipe.dynamics.members if recipe.simulator is None else 1
+    return jnp.broadcast_to(batch.next_obs, (members, *batch.next_obs.shape))
 
 
 def model_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
     """One imagined step of states (B, S), for the rollout of that key, which is left to it."""
     model = state.model
+    if recipe.simulator is not None:
+        return recipe.simulator
     if model is None:  # traced for a rollout of no steps, whose result is empty
         return lambda obs, action, key: (obs, jnp.zeros(obs.shape[:-1]), jnp.zeros(obs.shape[:-1]))
     whole = jax.random.fold_in(rollout_key, WHOLE_ROLLOUT)
@@ -109,7 +113,19 @@ def target_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
     model = state.model
     if not recipe.targets.keeps_members:
         return model_step(state, recipe, rollout_key)
+    if recipe.simulator is not None:
+        return _with_one_opinion(recipe.simulator)
     if model is None:
         nothing = jnp.zeros
         return lambda obs, action, key: (obs, nothing((1, *obs.shape[:-1])), nothing(obs.shape[:-1]))
     return lambda obs, action, key: dynamics.member_step(model, recipe.known, recipe.dynamics, obs, action)
+
+
+def _with_one_opinion(step_fn: StepFn) -> StepFn:
+    """The same step with an axis for reward models, of which there is one."""
+
+    def step(obs: Array, action: Array, key: Key) -> tuple[Array, Array, Array]:
+        next_obs, reward, continuation = step_fn(obs, action, key)
+        return next_obs, reward[None], continuation
+
+    return step

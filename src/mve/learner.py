@@ -25,7 +25,7 @@ import numpy as np
 from mve import checkpoint, config, log, plot, schedule, train
 from mve.config import Config
 from mve.dynamics import DynamicsConfig
-from mve.envs import host
+from mve.envs import host, oracle
 from mve.envs.base import EnvSpec, Episode, HostPolicy
 from mve.envs.host import HostEnv
 from mve.envs.known import never
@@ -34,7 +34,7 @@ from mve.networks import Policy
 from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO
 from mve.state import Capacity, Recipe, grown, initial_state
 from mve.train import Due
-from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
+from mve.types import Known, RewardFn, StepFn, TerminationFn, Transition, UserError
 
 EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
 RECENT_EPISODES = 10
@@ -109,6 +109,10 @@ class Learner:
             targets=self.config.targets,
         )
         self._instance, self._eval_env = instance, eval_env
+        if self.config.dynamics.kind == "oracle" and self._recipe.uses_model:
+            if self.config.agent.model_steps > 0:
+                raise UserError("dynamics.kind=oracle has no gradient, which agent.model_steps > 0 asks for")
+            self._recipe = replace(self._recipe, simulator=self._simulator())
         self._eval_envs: list[gym.Env] = []
         self._user_functions = [
             name for name, fn in (("reward", reward_fn), ("termination", termination_fn)) if fn is not None
@@ -138,10 +142,12 @@ class Learner:
                 cfg.imagination.starts
             ),
         }
+        used = ", ".join(what for what, count in uses.items() if count)
+        if self._recipe.simulator is not None:
+            return f"{text}; {used}, in the true simulator"
         told = {True: "learned", False: "known"}
         reward, termination = told[known.reward is None], told[known.termination is None]
         termination = "never" if cfg.dynamics.termination == "never" else termination
-        used = ", ".join(what for what, count in uses.items() if count)
         return f"{text}; {used}, reward {reward}, termination {termination}"
 
     def _capacity(self) -> Capacity:
@@ -202,10 +208,20 @@ class Learner:
     def _another_env(self) -> gym.Env:
         if self.config.env.id and self._eval_env is None:
             return host.make(self.config.env)
+        return self._copy(self._eval_env or self._instance, "for evaluation")
+
+    def _copy(self, env: gym.Env, purpose: str) -> gym.Env:
         try:
-            return copy.deepcopy(self._eval_env or self._instance)
+            return copy.deepcopy(env)
         except Exception as error:
-            raise UserError(f"{self.spec.name} cannot be copied for evaluation: {error}") from error
+            raise UserError(f"{self.spec.name} cannot be copied {purpose}: {error}") from error
+
+    def _simulator(self) -> StepFn:
+        """The environment's own dynamics, from a copy that is set to whatever state is imagined."""
+        env_config = self.config.env
+        return oracle.simulator(
+            host.make(env_config) if env_config.id else self._copy(self._instance, "to be set to states")
+        )
 
     # Learning
 
@@ -218,7 +234,7 @@ class Learner:
         if total_timesteps is not None:
             budget = replace(self.config.train, total_steps=self.num_timesteps + total_timesteps)
             self.config = replace(self.config, train=budget)
-        schedule.check(self.config, self._recipe.uses_model)
+        schedule.check(self.config, self._recipe.fits_model)
         self._open_folder()
         if not self._quiet:
             print(self.describe(), file=sys.stderr)
@@ -263,7 +279,7 @@ class Learner:
         A block that fits nothing says nothing of fits: what the last fit said stands.
         """
         cfg = self.config
-        fits = schedule.fits_due(cfg, step) - schedule.fits_due(cfg, before) if self._recipe.uses_model else 0
+        fits = schedule.fits_due(cfg, step) - schedule.fits_due(cfg, before) if self._recipe.fits_model else 0
         rounds = schedule.rounds_due(cfg, step) - schedule.rounds_due(cfg, before)
         updates = schedule.updates_due(cfg, step) - schedule.updates_due(cfg, before)
         padding = cfg.train.block_steps - (step - before)

@@ -22,7 +22,7 @@ from mve import dynamics, experience, imagine, targets, train
 from mve.agents import Agent
 from mve.dynamics import Dynamics
 from mve.state import Recipe, TrainState
-from mve.types import CriticTargets, Json, Segment, Transition
+from mve.types import CriticTargets, Imagined, Json, Segment, StepFn, Transition
 
 DRAWS = 5  # seed of what is drawn in imagination
 
@@ -46,6 +46,15 @@ class OpenLoop(NamedTuple):
     members_apart: Float[Array, " K B"]  # standard deviation over members, root mean square over dimensions
 
 
+class OnPolicy(NamedTuple):
+    """Errors after 1..K steps of the policy's own actions, in units of the spread."""
+
+    state: Float[Array, " K B"]  # root mean square over the dimensions
+    reward: Float[Array, " K B"]
+    wrong_end: Bool[Array, " K B"]
+    running: Bool[Array, " K B"]  # neither model nor simulator had ended before
+
+
 def monte_carlo_returns(
     played: Played, tail_value: Float[np.ndarray, " T"], discount: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -66,13 +75,18 @@ def monte_carlo_returns(
 def targets_by_horizon(
     agent: Agent, model: Dynamics | None, recipe: Recipe, rows: Transition, deepest: int
 ) -> Float[Array, " K B"]:
-    """y_k = r + gamma c C_k(s') of every row, k = 0..H, so K = H+1; k = 0 alone where there is no model."""
+    """y_k = r + gamma c C_k(s') of every row, k = 0..H, so K = H+1; k = 0 alone where there is no model.
+
+    Imagined in the recipe's simulator if it has one, whatever the model.
+    """
     discount = recipe.targets.discount
-    if model is None:
+    step_fn = recipe.simulator
+    if step_fn is None and model is not None:
+        step_fn = dynamics.rollout_step(model, recipe.known, recipe.dynamics, jax.random.key(DRAWS + 2))
+    if step_fn is None:
         candidates = state_values(agent, rows.next_obs)[None]
     else:
-        key, rollout_key = jax.random.key(DRAWS + 1), jax.random.key(DRAWS + 2)
-        step_fn = dynamics.rollout_step(model, recipe.known, recipe.dynamics, rollout_key)
+        key = jax.random.key(DRAWS + 1)
         imagined = imagine.rollout(step_fn, agent.target_policy, rows.next_obs, deepest, key)
         candidates = targets.candidate_returns(
             imagined.reward + imagined.bonus,
@@ -102,6 +116,25 @@ def _played_on(agent: Agent, rows: Transition, starts: Array, horizon: int) -> S
     valid = (index <= last) & (followed.episode == rows.episode[starts][None])
     log_density = agent.log_density(followed.obs, followed.action)
     return Segment(followed._replace(log_density=log_density), valid)
+
+
+def selector(by_horizon: np.ndarray, target: np.ndarray, earned: np.ndarray) -> Json:
+    """What an oracle would reach that takes, in every state, the horizon whose target came nearest.
+
+    `share_won` is what `target` gains over one step of what the oracle gains, in root mean square error:
+    1 is the oracle, 0 one step, None where there is nothing to gain. The oracle also fits the chance in a
+    single return, so no estimator gets all of it.
+    """
+    error = np.abs(by_horizon.astype(np.float64) - earned)
+    chosen = np.argmin(error, axis=0)
+    rmse, one_step = _root_mean_square(error.min(axis=0)), _root_mean_square(error[0])
+    gain = one_step - rmse
+    share = (one_step - _root_mean_square(target.astype(np.float64) - earned)) / gain if gain > 0 else None
+    return {
+        "rmse": plain([rmse])[0],
+        "share_won": None if share is None else plain([share])[0],
+        "chosen": plain(np.bincount(chosen, minlength=len(by_horizon)) / len(chosen)),
+    }
 
 
 @jax.jit
@@ -157,6 +190,46 @@ def open_loop(
 
     first = jnp.broadcast_to(rows.obs[starts], (members, *rows.obs[starts].shape))
     return jax.lax.scan(deeper, first, jnp.arange(deepest))[1]
+
+
+@partial(jax.jit, static_argnames=("recipe", "simulator", "deepest"))
+def on_policy(
+    agent: Agent,
+    model: Dynamics,
+    recipe: Recipe,
+    simulator: StepFn,
+    obs: Float[Array, " B S"],
+    deepest: int,
+) -> tuple[Imagined, Imagined]:
+    """What the model imagines from real states, and what the simulator makes of the same actions."""
+    step_fn = partial(dynamics.step, model, recipe.known, recipe.dynamics)
+    imagined = imagine.rollout(step_fn, agent.target_policy, obs, deepest, jax.random.key(DRAWS + 2))
+
+    def deeper(obs: Array, action: Array) -> tuple[Array, tuple[Array, ...]]:
+        next_obs, reward, continuation = simulator(obs, action, jax.random.key(DRAWS))
+        return next_obs, (next_obs, reward, continuation)
+
+    _, (next_obs, reward, continuation) = jax.lax.scan(deeper, obs, imagined.action)
+    truth = imagined._replace(
+        obs=jnp.concatenate([obs[None], next_obs]), reward=reward, continuation=continuation
+    )
+    return imagined, truth
+
+
+def on_policy_errors(
+    rolled: tuple[Imagined, Imagined], obs_spread: Float[Array, " S"], reward_spread: Float[Array, ""]
+) -> OnPolicy:
+    """Imagined against true, in units of the two spreads."""
+    imagined, truth = rolled
+    both = imagined.continuation * truth.continuation
+    running = jnp.cumprod(jnp.concatenate([jnp.ones_like(both[:1]), both[:-1]]), axis=0) > 0
+    error = (imagined.obs[1:] - truth.obs[1:]) / obs_spread[None, None]
+    return OnPolicy(
+        state=_rms(error),
+        reward=jnp.abs(imagined.reward - truth.reward) / reward_spread,
+        wrong_end=imagined.continuation != truth.continuation,
+        running=running,
+    )
 
 
 def _rms(x: Array) -> Array:

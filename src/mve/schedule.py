@@ -28,7 +28,7 @@ def with_budgets(config: Config, max_episode_steps: int | None) -> Config:
     )
 
 
-def check(config: Config, uses_model: bool) -> None:
+def check(config: Config, fits_model: bool) -> None:
     """Refuse a schedule in which nothing is learned, or targets come from what is not there."""
     train, dynamics = config.train, config.dynamics
     if train.total_steps <= train.learning_starts:
@@ -41,13 +41,13 @@ def check(config: Config, uses_model: bool) -> None:
             f"replay.capacity = {config.replay.capacity} does not hold one block of "
             f"train.block_steps = {train.block_steps} steps"
         )
-    if uses_model and dynamics.learning_starts > train.learning_starts:
+    if fits_model and dynamics.learning_starts > train.learning_starts:
         raise UserError(
             f"dynamics.learning_starts = {dynamics.learning_starts} is after train.learning_starts = "
             f"{train.learning_starts}: the agent would imagine with a model that was never fitted"
         )
     first_refit = dynamics.learning_starts + dynamics.interval_steps
-    if uses_model and not dynamics.initial_fits and first_refit > train.learning_starts:
+    if fits_model and not dynamics.initial_fits and first_refit > train.learning_starts:
         raise UserError(
             f"the model is first fitted at step {first_refit} (dynamics.learning_starts + interval_steps), "
             f"after train.learning_starts = {train.learning_starts}; set dynamics.initial_fits"

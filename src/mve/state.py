@@ -16,7 +16,7 @@ from mve.dynamics import Dynamics, DynamicsConfig
 from mve.imagine import ImaginationConfig
 from mve.replay import Replay
 from mve.targets import Calibration, TargetsConfig, calibration
-from mve.types import Key, Known
+from mve.types import Key, Known, StepFn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,15 @@ class Recipe:
     dynamics: DynamicsConfig
     targets: TargetsConfig
     imagination: ImaginationConfig = field(default_factory=ImaginationConfig)
+    simulator: StepFn | None = None  # the true dynamics, in place of a fitted model
 
     @property
     def uses_model(self) -> bool:
         return self.targets.imagined_steps > 0 or self.agent.model_steps > 0 or self.imagination.starts > 0
+
+    @property
+    def fits_model(self) -> bool:
+        return self.uses_model and self.simulator is None
 
 
 class TrainState(eqx.Module):
@@ -44,7 +49,7 @@ class TrainState(eqx.Module):
     """
 
     replay: Replay
-    model: Dynamics | None  # None where nothing is imagined
+    model: Dynamics | None  # None where nothing is imagined, or the simulator does it
     calibration: Calibration | None  # None where the estimator does not ask how wrong the model is
     imagined: Replay | None  # None where imagined transitions are not kept
     agent: Agent
@@ -65,7 +70,7 @@ def initial_state(recipe: Recipe, capacity: Capacity, seed: int) -> TrainState:
     sizes, imagines = (recipe.obs_size, recipe.action_size), recipe.imagination.starts > 0
     return TrainState(
         replay=replay.init(capacity.replay, *sizes),
-        model=dynamics.init(recipe.dynamics, recipe.known, *sizes, model_key) if recipe.uses_model else None,
+        model=dynamics.init(recipe.dynamics, recipe.known, *sizes, model_key) if recipe.fits_model else None,
         calibration=calibration.init(recipe.targets.horizon_steps) if recipe.targets.calibrates else None,
         imagined=replay.init(capacity.imagined, *sizes) if imagines else None,
         agent=agents.init(recipe.agent, *sizes, agent_key),

@@ -13,6 +13,9 @@ from mve.types import Count, NonNegative, Positive, Rate, Unit, UserError, Width
 class DynamicsConfig:
     """The model, and how much of it is fitted when. Settings that contradict each other are refused."""
 
+    kind: Literal["learned", "oracle"] = "learned"
+    """oracle: imagine in the true simulator, set to each state and respecting its ends; nothing is fitted,
+    and no other setting of this section is read (Feinberg et al. 2018: model error set apart)."""
     hidden: Widths = (200, 200, 200, 200)
     """Widths of the hidden layers (paper: eight of 128)."""
     activation: Activation = "silu"

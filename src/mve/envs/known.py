@@ -51,15 +51,20 @@ def known_functions(env: gym.Env[Any, Any]) -> Known:
     Classes are compared by their full name: a subclass may step differently and is not recognised, nor is
     anything below a wrapper that could change what the agent sees or is paid.
     """
-    while isinstance(env, gym.Wrapper):
-        if type(env) not in _HARMLESS:
-            return Known(None, None)
-        env = env.env
-    name = f"{type(env).__module__}:{type(env).__qualname__}"
-    if name not in _BUILDERS:
-        return Known(None, None)
-    build, version = _BUILDERS[name]
+    env = below_harmless_wrappers(env)
+    build, version = _BUILDERS.get(class_name(env), (lambda _, __: Known(None, None), 0))
     return build(env, version)
+
+
+def below_harmless_wrappers(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """What is left when wrappers that change nothing of a transition are taken off."""
+    while isinstance(env, gym.Wrapper) and type(env) in _HARMLESS:
+        env = env.env
+    return env
+
+
+def class_name(env: gym.Env[Any, Any]) -> str:
+    return f"{type(env).__module__}:{type(env).__qualname__}"
 
 
 # Classic control and the pendulums
