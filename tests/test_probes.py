@@ -145,8 +145,8 @@ def experience(probe: str) -> tuple[Replay, Dynamics]:
 
 
 @cache
-def beginner(agent: str) -> TrainState:
-    return INIT(recipe(agent, "mve"), ROWS, 0)
+def beginner(agent: str, recalls: bool) -> TrainState:
+    return INIT(recipe(agent, "retrace" if recalls else "mve"), ROWS, 0)
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -155,7 +155,7 @@ def test_known_values_are_learned(agent: str, estimator: str, probe: str) -> Non
     memory, model = experience(probe)
     ours = recipe(agent, estimator)
     known = calibration.init(ours.targets.horizon_steps) if ours.targets.calibrates else None
-    state = replace(beginner(agent), replay=memory, model=model, calibration=known)
+    state = replace(beginner(agent, estimator == "retrace"), replay=memory, model=model, calibration=known)
     learned = improved(state, ours)
 
     answers = PROBES[probe]
