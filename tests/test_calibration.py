@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mve import targets, train
+from mve import experience, targets, train
 from mve.agents.sac import SACConfig
 from mve.dynamics import DynamicsConfig
+from mve.state import Capacity, Recipe, TrainState, initial_state
 from mve.targets import Calibration, TargetsConfig, calibration
 from mve.targets.calibration import Replayed
 from mve.targets.ensemble import inverse_error_weights
-from mve.train import Recipe, TrainState
 from mve.types import CriticTargets, EstimatorFns, Imagined, Known, Transition
 
 GAMMA = 0.5
@@ -283,12 +283,12 @@ RECIPE = Recipe(
 
 
 def learn(state: TrainState, fits: int) -> tuple[TrainState, dict]:
-    counts = np.int32(8), np.int32(fits), np.int32(fits)
-    return train.learn(state, walk(num_steps=8, padding=0), *counts, RECIPE)
+    due = train.Due.of(rows=8, fits=fits, updates=fits)
+    return train.learn(state, walk(num_steps=8, padding=0), due, RECIPE)
 
 
 def test_a_block_is_judged_once_and_only_by_a_model_that_was_fitted() -> None:
-    state = train.init(RECIPE, capacity=50, seed=0)
+    state = initial_state(RECIPE, Capacity(50), seed=0)
     for block, count in enumerate([0, 0, 8, 8 + 0.98 * 8]):
         fits = 2 * (block > 0)
         state, metrics = learn(state, fits)  # learning starts after step 8, that is in the second block
@@ -304,13 +304,13 @@ def test_a_block_is_judged_once_and_only_by_a_model_that_was_fitted() -> None:
 
 def test_members_start_alike_and_act_alike_in_imagination() -> None:
     """So that they differ by the model alone: copies of one member never part."""
-    state = train.init(RECIPE, capacity=50, seed=0)
+    state = initial_state(RECIPE, Capacity(50), seed=0)
     assert state.model is not None
     same = jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), state.model.net)
     state = eqx.tree_at(lambda s: s.model.net, state, same)
     batch: Transition = jax.tree.map(lambda x: x[:4], walk())
     model = eqx.tree_at(lambda m: (m.obs.low, m.obs.high), state.model, (jnp.full(1, -9.0), jnp.full(1, 9.0)))
     state = eqx.tree_at(lambda s: s.model, state, model)
-    ahead = jax.jit(train.imagine_ahead, static_argnums=1)(state, RECIPE, batch, jax.random.key(0))
+    ahead = jax.jit(experience.imagine_ahead, static_argnums=1)(state, RECIPE, batch, jax.random.key(0))
     for x in (ahead.obs, ahead.action, ahead.bonus):
         np.testing.assert_allclose(x[:, 0], x[:, 1], rtol=1e-6)
