@@ -7,6 +7,7 @@ JSON into docs/performance.md instead. See that page for what is measured, and h
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shlex
 import sys
@@ -42,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     path = options.out / ("speed-quick.json" if options.quick else "speed.json")
     if options.document:
         return _document(path)
+    if importlib.util.find_spec("mve") is None:
+        print(f"speed: {sys.executable} has no mve: pip install -e .", file=sys.stderr)
+        return 2
     effort = Effort.of(options.quick)
     results = json.loads(path.read_text()) if path.exists() else {"sections": {}}
     for name in options.only or SECTIONS:

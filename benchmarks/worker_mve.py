@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 import products
 import worker
-
 from mve import agents, log, train
 from mve.learner import Learner
 from mve.types import Transition

@@ -71,7 +71,8 @@ class Worker:
         finally:
             limit.cancel()
         if not line:
-            raise WorkerFailed(f"ended or took over {SLOWEST_ANSWER_S} s; see {self._log.relative_to(HERE)}")
+            said = self._log.read_text().strip().splitlines() or ["nothing"]
+            raise WorkerFailed(f"ended or took over {SLOWEST_ANSWER_S} s; its last words: {said[-1][:200]}")
         answer = json.loads(line)
         if "error" in answer:
             raise WorkerFailed(answer["error"])
