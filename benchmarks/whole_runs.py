@@ -1,4 +1,4 @@
-"""Figures of whole runs: MBPO put together from its parts, the start of a run, rates for the sums on paper."""
+"""Figures of whole runs: MBPO put together from its parts, the start of a run, rates for sums on paper."""
 
 from __future__ import annotations
 
