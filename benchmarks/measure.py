@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import machine
-from workers import Ask, Worker, take_turns
+from workers import Ask, Worker, WorkerFailed, take_turns
 
 Json = dict[str, Any]
 
@@ -70,6 +70,14 @@ def compare(
         "arms": {name: {"samples": taken} for name, taken in samples.items()},
         "missing": failed,
     }
+
+
+def whole(groups: list[Json]) -> list[Json]:
+    """The same comparisons, if nothing is missing of what will be added up; else WorkerFailed."""
+    for group in groups:
+        for name, reason in group["missing"].items():
+            raise WorkerFailed(f"{group['title']}: {name}: {reason}")
+    return groups
 
 
 Spec = tuple[str, ...]  # algorithm, then settings

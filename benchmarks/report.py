@@ -80,7 +80,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def group_text(group: Json) -> str:
     """One comparison: rates, how many times faster the baseline is, cores kept busy, waiting, memory."""
     per, baseline = group["per"], group["baseline"]
-    header = ("", UNITS[per], f"{baseline} is", "samples", "cores busy", "waiting", "busy unasked", "peak MB")
+    header = (
+        "", UNITS[per], f"{baseline} is", "per core-second", "samples", "cores busy", "waiting", "busy unasked",
+        "peak MB",
+    )  # fmt: skip
     rows = []
     for name, arm in group["arms"].items():
         compared = name != baseline and baseline in group["arms"]
@@ -89,6 +92,7 @@ def group_text(group: Json) -> str:
                 name,
                 str(spread(rates(arm, per))),
                 f"{ratio(group, baseline, name):.2f} x" if compared else "",
+                number(per_core_second(group, name)),
                 str(len(arm["samples"])),
                 f"{share(arm, 'cpu_seconds'):.2f}",
                 f"{share(arm, 'wait_seconds'):.2f}",

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import LONG, TASK, Effort, Json, Ours, compare, mve_sac, on_cores, sac, say
+from measure import LONG, TASK, Effort, Json, Ours, compare, mve_sac, on_cores, sac, say, whole
 from workers import HERE, Worker
 
 # MBPO's HalfCheetah settings, in its own numbers; what is not said here is the preset's.
@@ -53,7 +53,7 @@ def mbpo_section(effort: Effort) -> Json:
             }.items()
         ]
         groups.append(_env_steps(worker, "it", "MBPO: environment steps, 1 core", effort))
-    return {"groups": groups, "per_1000_steps": _due_in_1000_steps(settings), "settings": settings}
+    return {"groups": whole(groups), "per_1000_steps": _due_in_1000_steps(settings), "settings": settings}
 
 
 def _due_in_1000_steps(settings: list[str]) -> Json:
@@ -128,4 +128,4 @@ def paper_section(effort: Effort) -> Json:
             groups.append(group | {"sizes": worker.ask("facts", name=ours.name(spec))})
         fits = {"mve-sac": lambda count: worker.ask("learn", name=ours.name(mve_sac()), fits=count)}
         groups.append(compare("mve-sac: model minibatches, 1 core", "fits", fits, effort, first=4))
-    return {"groups": groups}
+    return {"groups": whole(groups)}
