@@ -80,8 +80,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def group_text(group: Json) -> str:
     """One comparison: rates, how many times faster the baseline is, cores kept busy, waiting, memory."""
     per, baseline = group["per"], group["baseline"]
+    faster = f"{baseline} is"
     header = (
-        "", UNITS[per], f"{baseline} is", "per core-second", "samples", "cores busy", "waiting", "busy unasked",
+        "", UNITS[per], faster, "per core-second", "samples", "cores busy", "waiting", "busy unasked",
         "peak MB",
     )  # fmt: skip
     rows = []

@@ -228,6 +228,6 @@ def test_the_whole_loop_can_still_be_run_piecewise(bench: Loaded) -> None:
     assert ours.loop("it", 20)["updates"] == 80
     assert ours.collect("it", 20)["env_steps"] == 20
     assert ours.facts("it")["transition_bytes"] == 4 * (3 + 1 + 1 + 3 + 1 + 1 + 1 + 1)
-    sizes = ours._sizes(ours.arms["it"].learner)
+    sizes = ours.arithmetic.sizes_of(ours.arms["it"].learner)
     assert (sizes.batch, sizes.members, sizes.horizon, sizes.regresses_imagined) == (4, 2, 2, True)
     assert (sizes.actor, sizes.critic, sizes.model) == ([(3, 8), (8, 2)], [(4, 8), (8, 1)], [(4, 8), (8, 3)])
