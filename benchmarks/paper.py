@@ -86,7 +86,7 @@ def paper_text(section: Json) -> str:
             n = needs(m, environments)
             rows.append(
                 (
-                    number(environments),
+                    f"{environments:,}".replace(",", " "),
                     number(n.env_steps_per_second),
                     number(n.env_cores),
                     scaled(n.written, "B/s"),
