@@ -1,13 +1,13 @@
 # What .ci/run and a developer run, nothing else. Tools come from the [test] extra.
-.PHONY: format check test test-slow
+.PHONY: format check test test-slow bench
 
 format:
-	ruff check --fix src tests
-	ruff format src tests
+	ruff check --fix src tests benchmarks
+	ruff format src tests benchmarks
 
 check:
-	ruff check src tests
-	ruff format --check src tests
+	ruff check src tests benchmarks
+	ruff format --check src tests benchmarks
 	pyright
 	lint-imports
 
@@ -16,3 +16,7 @@ test:
 
 test-slow:
 	pytest -m "slow or not slow"
+
+# An hour on a quiet machine; `python benchmarks/speed.py --quick` sees in minutes that all of it runs.
+bench:
+	python benchmarks/speed.py

@@ -1,0 +1,233 @@
+"""The speed benchmarks' arithmetic and tables, on canned samples: nothing is installed, nothing is timed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+Loaded = dict[str, ModuleType]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Loaded]:
+    """The modules by name. They find each other beside the script, which is on no path but its own."""
+    names = ("report", "pages", "paper", "products", "workers", "machine", "venvs")
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+def sample(seconds: float, **amounts: float) -> dict[str, float]:
+    spent = {"cpu_seconds": 0.5 * seconds, "wait_seconds": 0.25 * seconds, "peak_rss_mb": 300.0}
+    return {"seconds": seconds, **spent, "idle_seconds": 10.0, "idle_cpu_seconds": 0.01, **amounts}
+
+
+def group(per: str, rates: dict[str, list[float]], **more: Any) -> dict[str, Any]:
+    arms = {name: {"samples": [sample(2.0, **{per: 2.0 * r}) for r in rs]} for name, rs in rates.items()}
+    return {"title": "A race", "per": per, "baseline": next(iter(rates)), "arms": arms, "missing": {}, **more}
+
+
+def section(**content: Any) -> dict[str, Any]:
+    busy = {"load_average_1min": 0.1, "cores": 2, "cpu": "a CPU", "someone_waited_percent_1min": None}
+    return {"taken": "today", "machine": busy, **content}
+
+
+def test_a_rate_is_told_as_its_median_and_range_and_a_ratio_is_one_of_medians(bench: Loaded) -> None:
+    race = group("updates", {"ours": [30.0, 10.0, 20.0], "theirs": [5.0, 4.0, 100.0]})
+    assert bench["report"].spread(bench["report"].rates(race["arms"]["ours"], "updates")) == (
+        20.0,
+        10.0,
+        30.0,
+    )
+    assert bench["report"].ratio(race, "ours", "theirs") == 4.0
+    assert bench["report"].per_core_second(race, "ours") == 40.0
+    text = bench["report"].group_text(race)
+    assert "20.0 [10.0 .. 30.0]" in text
+    cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
+    assert cells == ["theirs", "5.00 [4.00 .. 100]", "4.00 x", "10.0", "3", "0.50", "0.25", "0.001", "300"]
+
+
+@pytest.mark.parametrize(
+    ("x", "text"), [(0, "0"), (0.1234, "0.123"), (1.234, "1.23"), (12.34, "12.3"), (1234567.8, "1 234 568")]
+)
+def test_numbers_have_three_digits(bench: Loaded, x: float, text: str) -> None:
+    assert bench["report"].number(x) == text
+
+
+def test_prefixes_leave_one_to_three_digits_before_the_point(bench: Loaded) -> None:
+    assert [bench["report"].scaled(x, "B") for x in (5, 1500, 2.5e9)] == ["5.00 B", "1.50 kB", "2.50 GB"]
+
+
+def test_a_missing_peer_is_named_with_its_reason_and_leaves_the_others_numbers(bench: Loaded) -> None:
+    race = group("env_steps", {"mve": [200.0], "sb3": [100.0]}, missing={"sbx": "no such release"})
+    text = bench["pages"].section_text("peers", section(groups=[race], versions={"sb3": {"torch": "2"}}))
+    assert "2.00 x" in text
+    assert "not measured" in text
+    assert "sbx (no such release)" in text
+    alone = group("env_steps", {"sb3": [100.0]}, missing={"mve": "broken"}) | {"baseline": "mve"}
+    assert "mve (broken)" in bench["pages"].section_text("peers", section(groups=[alone], versions={}))
+
+
+def test_the_expansions_cost_is_measured_over_counted(bench: Loaded) -> None:
+    race = group("updates", {"sac": [100.0], "H = 3": [25.0]})
+    race["arms"]["sac"]["facts"] = {"flops_hand": 5e8, "flops_xla": 6e8}
+    race["arms"]["H = 3"] |= {"facts": {"flops_hand": 1e9, "flops_xla": 1.2e9}, "at": 3}
+    base, expanded = bench["report"].costs(race)
+    assert (base.measured, base.beyond_xla) == (1.0, 1.0)
+    assert (expanded.measured, expanded.by_hand, expanded.by_xla, expanded.beyond_xla) == (4.0, 2.0, 2.0, 2.0)
+    (point,) = bench["report"].curve([race])
+    assert (point["at"], point["measured"]) == (3, 4.0)
+    assert "4.00" in bench["pages"].section_text("expansion", section(groups=[race], curves={}))
+    race["baseline"] = "gone"
+    assert bench["report"].costs(race) == []
+
+
+def test_every_section_is_told_and_what_was_not_measured_is_told_as_well(bench: Loaded) -> None:
+    seeds = group("updates", {"together": [30.0], "one after the other": [20.0]})
+    roof = group("updates", {"update": [50.0], "its matrix products alone": [100.0]}) | {
+        "facts": {"flops_hand": 2e9}
+    }
+    starts = [{"first_step": 3.0, "first_learned": 9.0, "peak_rss_mb": 400.0}]
+    sections = {
+        "machine": section(gemm={"jax": {"gflops_median": 90.0, "gflops_best": 95.0}}, versions={"jax": "1"}),
+        "seeds": section(groups=[seeds]),
+        "roofline": section(groups=[roof]),
+        "mbpo": section(skipped="no preset"),
+        "startup": section(startup={"cold": starts, "warm": starts}, groups=[]),
+        "peers": section(failed="no pip"),
+    }
+    text = bench["pages"].as_text(json.loads(json.dumps({"sections": sections})))
+    for expected in ("1.50 x", "| 100 ", "0.50", "9.00", "no preset", "no pip", "jax 1"):
+        assert expected in text
+
+
+def test_mbpo_is_put_together_from_its_parts(bench: Loaded) -> None:
+    parts = [
+        group(per, {"mve": [rate]})
+        for per, rate in {"updates": 50.0, "fits": 25.0, "env_steps": 500.0}.items()
+    ]
+    due = {"updates": 10_000, "fits": 1000, "env_steps": 1000}
+    made = section(groups=parts, per_1000_steps=due)
+    # Half of each second was on a core: 10 000 / 100 + 1000 / 50 + 1000 / 1000.
+    assert bench["pages"].mbpo_core_seconds(made) == {"updates": 100.0, "fits": 20.0, "env_steps": 1.0}
+    assert "8.26 environment steps per core-second" in bench["pages"].section_text("mbpo", made)
+
+
+def test_the_sums_on_paper_follow_from_what_was_measured(bench: Loaded) -> None:
+    sizes = {
+        "transition_bytes": 100.0,
+        "policy_bytes": 1000,
+        "batch": 256,
+        "updates_per_step": 4.0,
+        "control_hz": 20.0,
+    }
+    updates = group("updates", {"sac": [50.0]}, sizes=sizes)
+    updates["arms"]["sac"]["facts"] = {"flops_hand": 6e8}
+    made = section(groups=[group("env_steps", {"mve": [500.0]}), updates])
+    needs = bench["paper"].needs(bench["paper"].measured(made)["sac"], 1000)
+    assert needs.env_steps_per_second == 20_000
+    assert needs.env_cores == 20.0  # 1000 steps a core-second
+    assert needs.written == 2e6
+    assert needs.read == 80_000 * 256 * 100
+    assert needs.learner_flops == 80_000 * 6e8
+    assert needs.learner_cores == 800.0  # 100 updates a core-second
+    assert "100 000" in bench["pages"].section_text("paper", made)
+
+
+def test_figures_replace_what_lies_between_the_marks_of_the_document(bench: Loaded) -> None:
+    pages = bench["pages"]
+    document = f"how\n{pages.BEGIN}\nold\n{pages.END}\nend\n"
+    once = pages.put_figures(document, "new")
+    assert once == f"how\n{pages.BEGIN}\n\nnew\n\n{pages.END}\nend\n"
+    assert pages.put_figures(once, "new") == once
+    with pytest.raises(ValueError, match="figures: begin"):
+        pages.put_figures("no marks", "new")
+    text = (BENCHMARKS.parent / "docs" / "performance.md").read_text()
+    assert pages.put_figures(text, "new").count("new\n") >= 1
+
+
+def test_an_updates_products_are_those_counted_by_hand(bench: Loaded) -> None:
+    products = bench["products"]
+    sizes = products.Sizes(batch=2, actor=[(3, 5), (5, 4)], critic=[(5, 7), (7, 1)], critics=2, actions=2)
+    actor, critic = 2 * 2 * (15 + 20), 2 * 2 * (35 + 7)  # forward
+    target = actor + 2 * critic
+    regression = 2 * (critic + critic + 2 * 2 * 7)  # forward, weights, inputs of the last layer
+    through_critics = 2 * (critic + 2 * 2 * (2 * 7 + 7))  # forward, back to the two columns of the action
+    improvement = actor + through_critics + actor + 2 * 2 * 20
+    assert products.flops(products.sac_update(sizes)) == target + regression + improvement
+
+    expanded = sizes._replace(model=[(5, 6), (6, 3)], members=2, horizon=3, regresses_imagined=True)
+    step = actor + 2 * 2 * 1 * (30 + 18)  # each of two members serves one of two rows
+    assert products.flops(products.sac_update(expanded)) == 3 * step + target + 4 * regression + improvement
+    assert products.flops(products.sac_update(expanded._replace(horizon=0))) == products.flops(
+        products.sac_update(sizes)
+    )
+
+
+def test_turns_are_taken_there_and_back_and_a_failure_ends_one_alone(bench: Loaded) -> None:
+    workers, order = bench["workers"], []
+
+    def ask(name: str, count: int) -> dict[str, Any]:
+        order.append(name)
+        if name == "b" and order.count("b") > 3:
+            raise workers.WorkerFailed("worn out")
+        return {"seconds": 0.01 * count, "updates": count}
+
+    asks = {name: lambda count, name=name: ask(name, count) for name in "abc"}
+    samples, failed = workers.take_turns(asks, rounds=3, seconds=1.0, first=10)
+    assert failed == {"b": "worn out"}
+    assert [s["updates"] for s in samples["a"]] == [100, 100, 100]
+    assert "".join(order)[-7:] == "abccaac"
+
+
+def test_a_worker_answers_says_what_it_did_unasked_and_passes_a_failure_on(
+    bench: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = bench["workers"]
+    script = tmp_path / "echo.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import machine, worker\n"
+        "work = lambda n: worker.timed(lambda: {'updates': n, 'cores': len(machine.available_cores())})\n"
+        "worker.serve({'work': work})\n"
+    )
+    monkeypatch.setattr(workers, "LOGS", tmp_path)
+    with workers.Worker(str(script), cores=1) as asked:
+        answer = asked.ask("work", n=3)
+        assert answer["updates"] == 3
+        assert answer["cores"] == 1 or not hasattr(bench["machine"].os, "sched_setaffinity")
+        assert 0 <= answer["idle_cpu_seconds"] <= answer["idle_seconds"] + 1
+        with pytest.raises(workers.WorkerFailed, match="unexpected keyword"):
+            asked.ask("work", m=3)
+        assert asked.ask("work", n=4)["updates"] == 4
+    with workers.Worker(str(tmp_path / "none.py"), cores=1) as gone, pytest.raises(workers.WorkerFailed):
+        gone.ask("work", n=1)
+
+
+def test_the_whole_loop_can_still_be_run_piecewise(bench: Loaded) -> None:
+    """The worker reaches into Learner and train: what it needs of them is still there."""
+    ours = importlib.import_module("worker_mve")
+    small = ["agent.hidden=[8]", "agent.batch_size=4", "dynamics.hidden=[8]", "dynamics.members=2"]
+    small += ["targets.horizon_steps=2", "train.total_steps=1000", "dynamics.initial_fits=1"]
+    ours.build("it", "mve-sac", "Pendulum-v1", small, fill=20)
+    done = ours.loop("it", 20)
+    assert (done["env_steps"], done["updates"]) == (20, 80)
+    assert ours.learn("it", updates=2)["updates"] == 2
+    assert ours.loop("it", 20)["updates"] == 80
+    assert ours.collect("it", 20)["env_steps"] == 20
+    assert ours.facts("it")["transition_bytes"] == 4 * (3 + 1 + 1 + 3 + 1 + 1 + 1 + 1)
+    sizes = ours.arithmetic.sizes_of(ours.arms["it"].learner)
+    assert (sizes.batch, sizes.members, sizes.horizon, sizes.regresses_imagined) == (4, 2, 2, True)
+    assert (sizes.actor, sizes.critic, sizes.model) == ([(3, 8), (8, 2)], [(4, 8), (8, 1)], [(4, 8), (8, 3)])
