@@ -288,6 +288,7 @@ def learn(state: TrainState, fits: int) -> tuple[TrainState, dict]:
 
 
 def test_a_block_is_judged_once_and_only_by_a_model_that_was_fitted() -> None:
+    train.learn.clear_cache()
     state = initial_state(RECIPE, Capacity(50), seed=0)
     for block, count in enumerate([0, 0, 8, 8 + 0.98 * 8]):
         fits = 2 * (block > 0)

@@ -265,10 +265,10 @@ def test_an_agent_may_not_imagine_before_the_first_refit() -> None:
     settings = ["dynamics.interval_steps=250", "dynamics.initial_fits=0", "train.total_steps=5000"]
     built = configuration.build("Pendulum-v1", "mve-sac", settings)
     with pytest.raises(UserError, match=r"first fitted at step 1250.*set dynamics\.initial_fits"):
-        schedule.check(built, uses_model=True)
-    schedule.check(built, uses_model=False)
+        schedule.check(built, fits_model=True)
+    schedule.check(built, fits_model=False)
     later = configuration.build("Pendulum-v1", "mve-sac", [*settings, "dynamics.learning_starts=750"])
-    schedule.check(later, uses_model=True)
+    schedule.check(later, fits_model=True)
 
 
 @pytest.mark.parametrize(
