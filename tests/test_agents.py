@@ -17,7 +17,8 @@ from mve.agents.sac import SAC
 from mve.agents.td3 import TD3
 from mve.config import build
 from mve.dynamics import DynamicsConfig
-from mve.networks import MLP, EpsilonGreedy, GaussianActor
+from mve.networks import MLP
+from mve.policies import EpsilonGreedy, GaussianActor
 from mve.state import Capacity, Recipe, initial_state
 from mve.targets import TargetsConfig
 from mve.types import CriticTargets, Known, Transition, UserError

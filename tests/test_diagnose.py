@@ -25,7 +25,8 @@ from mve.cli import main
 from mve.dynamics import Dynamics, DynamicsConfig
 from mve.envs import oracle
 from mve.measure import OpenLoop, Played
-from mve.networks import MLP, Policy
+from mve.networks import MLP
+from mve.policies import Policy
 from mve.state import Recipe, TrainState
 from mve.targets import TargetsConfig
 from mve.types import CriticTargets, Known, Transition, UserError

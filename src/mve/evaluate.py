@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from mve.envs.host import action_size, episode_seed, native_action
-from mve.networks import Policy
+from mve.policies import Policy
 from mve.types import Count, Positive
 
 EVALUATION_STREAM = 2  # first word of the seeds of evaluation episodes

@@ -30,7 +30,7 @@ from mve.envs.base import EnvSpec, Episode, HostPolicy
 from mve.envs.host import HostEnv
 from mve.envs.known import never
 from mve.evaluate import Evaluation, evaluate
-from mve.networks import Policy
+from mve.policies import Policy
 from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO
 from mve.state import Capacity, Recipe, grown, initial_state
 from mve.train import Due

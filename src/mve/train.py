@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from mve import dynamics, experience, imagine, replay, targets
 from mve.agents import Agent
-from mve.networks import Policy
+from mve.policies import Policy
 from mve.state import Recipe, TrainState
 from mve.targets import Calibration, calibration
 from mve.types import (

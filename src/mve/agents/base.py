@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mve.networks import MLP, Activation, DeterministicActor, Policy, apply_gradient, ensemble
+from mve.networks import MLP, Activation, apply_gradient, ensemble
+from mve.policies import DeterministicActor, Policy
 from mve.types import Count, CriticTargets, Key, Metrics, ObjectiveFn, PolicyFn, Positive, Rate, Unit, Widths
 
 Tree = TypeVar("Tree")

@@ -23,7 +23,8 @@ from mve.agents.base import (
     init_net,
     polyak,
 )
-from mve.networks import MLP, ActorPolicy, DeterministicActor, Policy
+from mve.networks import MLP
+from mve.policies import ActorPolicy, DeterministicActor, Policy
 from mve.types import CriticTargets, Key, Metrics, NonNegative, ObjectiveFn, Positive, Rate, Unit, Widths
 
 NOISE_GROWTH = 1.01  # factor of one adaptation, up or down

@@ -13,7 +13,8 @@ import optax
 from jaxtyping import Array, Float
 
 from mve.agents.base import Agent, AgentConfig, adam_step, critic_loss, init_adam, polyak
-from mve.networks import MLP, EpsilonGreedy, Policy, ensemble
+from mve.networks import MLP, ensemble
+from mve.policies import EpsilonGreedy, Policy
 from mve.types import CriticTargets, Key, Metrics, ObjectiveFn, Positive, Rate, Unit, UserError, Widths
 
 

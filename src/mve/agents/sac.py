@@ -24,7 +24,8 @@ from mve.agents.base import (
     init_net,
     polyak,
 )
-from mve.networks import MLP, ActorPolicy, GaussianActor, Policy
+from mve.networks import MLP
+from mve.policies import ActorPolicy, GaussianActor, Policy
 from mve.types import Count, CriticTargets, Key, Metrics, ObjectiveFn, Rate, UserError
 
 

@@ -22,7 +22,8 @@ from mve.agents.base import (
     init_net,
     polyak,
 )
-from mve.networks import MLP, ActorPolicy, DeterministicActor, Policy, gaussian_log_density
+from mve.networks import MLP
+from mve.policies import ActorPolicy, DeterministicActor, Policy, gaussian_log_density
 from mve.types import CriticTargets, Key, Metrics, NonNegative, ObjectiveFn, Positive
 
 
