@@ -10,7 +10,7 @@ import pytest
 
 from mve import agents, train
 from mve.agents import AGENTS, Agent, AgentConfig
-from mve.agents.base import action_values, critic_loss, polyak
+from mve.agents.base import action_values, critic_loss, drawn, polyak
 from mve.agents.ddpg import DDPG, adapted_noise_scale, perturb
 from mve.agents.dqn import DQN, DQNConfig
 from mve.agents.sac import SAC
@@ -371,6 +371,32 @@ def test_epsilon_greedy_draws_each_action_with_its_probability(epsilon: float) -
 def test_dqn_has_no_actor_to_differentiate_through_the_model() -> None:
     with pytest.raises(UserError, match=r"agent\.model_steps = 3: dqn has no actor"):
         build("CartPole-v1", "dqn", ["agent.model_steps=3"])
+
+
+def test_targets_come_from_the_least_of_the_critics_drawn() -> None:
+    agent = fresh("sac", critics=5, target_critics=2)
+    obs, values = some_targets().obs, []
+    for seed in range(30):
+        value = np.asarray(agent.target_value(obs, jax.random.key(seed)))
+        assert value.shape == (2, ROWS)
+        assert np.abs(value[0] - value[1]).max() > 1e-6  # different critics
+        values.append(value)
+    critics = drawn(agent.target_critic, 2, jax.random.key(0))  # pyright: ignore
+    every = agent.target_critic.layers[-1].bias  # pyright: ignore
+    assert {float(b) for b in critics.layers[-1].bias[:, 0]} <= {float(b) for b in every[:, 0]}
+    chosen = {
+        tuple(np.asarray(drawn(agent.target_critic, 2, jax.random.key(s)).layers[-1].bias[:, 0]))
+        for s in range(60)
+    }  # pyright: ignore
+    assert len({frozenset(pair) for pair in chosen}) == 10  # every pair of five, in time
+
+
+def test_the_actor_may_raise_the_mean_of_the_critics() -> None:
+    least, mean = (updated(fresh("sac", actor_value=which)) for which in ("least", "mean"))
+    assert not same(least.actor, mean.actor)  # pyright: ignore
+    assert same(least.critic, mean.critic)
+    alone = [updated(fresh("sac", critics=1, actor_value=which)).actor for which in ("least", "mean")]  # pyright: ignore
+    assert same(*alone)
 
 
 # --- H = 0 ---

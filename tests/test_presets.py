@@ -19,7 +19,8 @@ STEPS, STARTS = 300, 100
 SMALL = (
     *("agent.hidden=[16]", "agent.batch_size=32", "dynamics.hidden=[16]", "dynamics.batch_size=32"),
     *(f"train.learning_starts={STARTS}", f"dynamics.learning_starts={STARTS}", "train.updates_per_step=0.5"),
-    *("dynamics.initial_fits=20", "dynamics.fits_per_step=0.2", "evaluate.episodes=2", "train.block_steps=20"),
+    *("dynamics.initial_fits=20", "dynamics.fits_per_step=0.2"),
+    *("evaluate.episodes=2", "train.block_steps=20"),
 )
 BUFFER = ("imagination.starts=32", "imagination.interval_steps=40", "imagination.rounds_kept=2")
 REFITS = ("dynamics.interval_steps=50", "dynamics.fits_per_refit=20")
