@@ -132,8 +132,8 @@ def test_what_tyro_says_is_one_line_in_any_encoding() -> None:
     [
         ("train Pendulum-v11", ["Pendulum-v11", "Pendulum-v1"]),
         ("train Pendulm-v1", ["unknown environment 'Pendulm-v1'", "nearest: Pendulum-v1"]),
-        ("train CartPole-v1 --algo sac", ["CartPole-v1 has 2 discrete actions", "use --algo dqn or mve-dqn"]),
-        ("train Pendulum-v1 --algo dqn", ["Pendulum-v1 has 1 continuous action, ", "use --algo ddpg or td3"]),
+        ("train CartPole-v1 --algo sac", ["CartPole-v1 has 2 discrete actions", "use --algo mve-dqn"]),
+        ("train Pendulum-v1 --algo dqn", ["Pendulum-v1 has 1 continuous action, ", "use --algo mve-sac"]),
         ("train FrozenLake-v1", ["FrozenLake-v1", "observation space"]),
         ("train Pendulum-v1 --algo mve-sca", ["unknown algorithm 'mve-sca'", "nearest: mve-sac"]),
         ("train Pendulum-v1 --set dynamics.membres=3", ["dynamics.membres", "nearest: members"]),

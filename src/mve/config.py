@@ -20,7 +20,7 @@ from mve.envs.base import EnvConfig, EnvSpec
 from mve.envs.host import LARGEST_SEED
 from mve.evaluate import EvaluateConfig
 from mve.imagine import ImaginationConfig
-from mve.presets import DEFAULT_ALGO, PRESETS
+from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO, PRESETS
 from mve.targets import TargetsConfig
 from mve.types import Count, Json, NonNegative, Positive, UserError
 
@@ -82,11 +82,11 @@ def check_actions(config: Config, spec: EnvSpec) -> None:
     """Refuse an algorithm that is not for the task's kind of actions."""
     if AGENTS[config.learner][1].discrete == spec.discrete:
         return
-    fitting = [name for name, p in PRESETS.items() if AGENTS[p.learner][1].discrete == spec.discrete]
+    default = DEFAULT_DISCRETE_ALGO if spec.discrete else DEFAULT_ALGO
     kind = f"{'discrete' if spec.discrete else 'continuous'} action{'s' * (spec.action_size != 1)}"
     raise UserError(
         f"{spec.name} has {spec.action_size} {kind}, which {config.algo} is not for; "
-        f"use --algo {' or '.join(fitting)}"
+        f"use --algo {default}, or see `mve list` for others"
     )
 
 

@@ -104,6 +104,12 @@ PRESETS: dict[str, Preset] = {
     "sac": Preset(
         "Soft actor-critic with a learned temperature", "Haarnoja et al. 2018, arXiv 1812.05905", "sac", {}
     ),
+    "dqn": Preset(
+        "Double DQN, for discrete actions",
+        "Mnih et al. 2015; van Hasselt et al. 2016, arXiv 1509.06461",
+        "dqn",
+        _DISCRETE,
+    ),
     "mve-ddpg": Preset(
         "MVE with the TD-k trick on DDPG, learning from 1000 steps on",
         "Feinberg et al. 2018, arXiv 1803.00101",
@@ -116,31 +122,6 @@ PRESETS: dict[str, Preset] = {
         "ddpg",
         {"targets.estimator": "mve", "train.updates_per_step": 4.0},
     ),
-    # The paper's rival: four imagined transitions for each real one, in a buffer of a million, and as many
-    # updates on them, each of actor and critic. Rollouts follow the actor in training, not its slow copy.
-    "ib-ddpg": Preset(
-        "Imagination buffer on DDPG: updates on stored imagined transitions, four for each real one",
-        "Kalweit and Boedecker 2017; the IB baseline of Feinberg et al. 2018, arXiv 1803.00101",
-        "ddpg",
-        {
-            "train.updates_per_step": 20.0,
-            "imagination.starts": 16,
-            "imagination.interval_steps": 20,
-            "imagination.length": [5, 5],
-            "imagination.rounds_kept": 12_500,
-            "imagination.real_share": 0.2,
-            "imagination.mixed_by": "update",
-            "dynamics.termination": "never",
-        },
-    ),
-    # Two model steps before the critic: the paper counts the critic's step too and says H = 3. Ours: the
-    # ensemble in place of a GRU, networks, batches and rates of `sac` (4 x 512, 1024, 1e-4), no warm-up.
-    "sac-svg": Preset(
-        "SAC whose actor is improved through two steps of the model",
-        "Amos et al. 2021, arXiv 2008.12775",
-        "sac",
-        {"agent.model_steps": 2},
-    ),
     "mve-td3": Preset(
         "MVE with the TD-k trick on TD3",
         "Feinberg et al. 2018, on Fujimoto et al. 2018",
@@ -152,6 +133,19 @@ PRESETS: dict[str, Preset] = {
         "Feinberg et al. 2018, on Haarnoja et al. 2018",
         "sac",
         _EXPANDED,
+    ),
+    "mve-dqn": Preset(
+        "MVE with the TD-k trick on Double DQN: the default for discrete actions",
+        'Feinberg et al. 2018 ("the actor may be dropped"), on Mnih et al. 2015',
+        "dqn",
+        {
+            **_DISCRETE,
+            "targets.estimator": "mve_tdk",
+            # Four-step targets follow the slow critic faster than one-step ones do: a slower copy oscillates
+            # less on CartPole, and then bears a larger step size.
+            "agent.critic_learning_rate": 1e-3,
+            "agent.target_rate": 0.005,
+        },
     ),
     "lambda-sac": Preset(
         "SAC on a fixed geometric mix of imagined horizons, H = 5",
@@ -186,6 +180,12 @@ PRESETS: dict[str, Preset] = {
             "train.updates_per_step": 4.0,
         },
     ),
+    "calibrated-sac": Preset(
+        "SAC on the horizons that the model has proved to be good for, measured on steps it had not seen",
+        "ours, after Buckman et al. 2018, arXiv 1807.01675",
+        "sac",
+        {**_EXPANDED, "targets.estimator": "calibrated", "targets.horizon_steps": 5},
+    ),
     "retrace-sac": Preset(
         "SAC on five real steps, each trusted as far as the policy would have taken it: the model-free rival",
         "Munos et al. 2016, arXiv 1606.02647; on SAC in Palenicek et al. 2023, arXiv 2303.03955",
@@ -197,11 +197,22 @@ PRESETS: dict[str, Preset] = {
             "targets.trace_decay": 1.0,
         },
     ),
-    "calibrated-sac": Preset(
-        "SAC on the horizons that the model has proved to be good for, measured on steps it had not seen",
-        "ours, after Buckman et al. 2018, arXiv 1807.01675",
-        "sac",
-        {**_EXPANDED, "targets.estimator": "calibrated", "targets.horizon_steps": 5},
+    # The paper's rival: four imagined transitions for each real one, in a buffer of a million, and as many
+    # updates on them, each of actor and critic. Rollouts follow the actor in training, not its slow copy.
+    "ib-ddpg": Preset(
+        "Imagination buffer on DDPG: updates on stored imagined transitions, four for each real one",
+        "Kalweit and Boedecker 2017; the IB baseline of Feinberg et al. 2018, arXiv 1803.00101",
+        "ddpg",
+        {
+            "train.updates_per_step": 20.0,
+            "imagination.starts": 16,
+            "imagination.interval_steps": 20,
+            "imagination.length": [5, 5],
+            "imagination.rounds_kept": 12_500,
+            "imagination.real_share": 0.2,
+            "imagination.mixed_by": "update",
+            "dynamics.termination": "never",
+        },
     ),
     # As published but for the split and the stopping of the model's fit: held-out rows are named once and
     # for all, in chunks of time (a random split cannot see a fit go wrong), and a check comes every 100
@@ -236,6 +247,14 @@ PRESETS: dict[str, Preset] = {
             "InvertedPendulum": {"train.updates_per_step": 10.0, **_SOON},
             "Pendulum": {"train.updates_per_step": 10.0, **_SOON},
         },
+    ),
+    # Two model steps before the critic: the paper counts the critic's step too and says H = 3. Ours: the
+    # ensemble in place of a GRU, networks, batches and rates of `sac` (4 x 512, 1024, 1e-4), no warm-up.
+    "sac-svg": Preset(
+        "SAC whose actor is improved through two steps of the model",
+        "Amos et al. 2021, arXiv 2008.12775",
+        "sac",
+        {"agent.model_steps": 2},
     ),
     # Two horizons: 20 detached steps spread the states, five differentiated ones train actor and critic.
     # The critic never sees a real reward. Ours: the model is refitted every 250 steps with its optimiser's
@@ -290,24 +309,5 @@ PRESETS: dict[str, Preset] = {
             "env.truncation_is_terminal": True,
         },
         {task: {**_POSITIONS, **rates} for task, rates in _RATES_2018.items()},
-    ),
-    "dqn": Preset(
-        "Double DQN, for discrete actions",
-        "Mnih et al. 2015; van Hasselt et al. 2016, arXiv 1509.06461",
-        "dqn",
-        _DISCRETE,
-    ),
-    "mve-dqn": Preset(
-        "MVE with the TD-k trick on Double DQN: the default for discrete actions",
-        'Feinberg et al. 2018 ("the actor may be dropped"), on Mnih et al. 2015',
-        "dqn",
-        {
-            **_DISCRETE,
-            "targets.estimator": "mve_tdk",
-            # Four-step targets follow the slow critic faster than one-step ones do: a slower copy oscillates
-            # less on CartPole, and then bears a larger step size.
-            "agent.critic_learning_rate": 1e-3,
-            "agent.target_rate": 0.005,
-        },
     ),
 }
