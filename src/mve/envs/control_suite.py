@@ -36,8 +36,10 @@ def spec(name: str) -> EnvSpec:
         near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.5)
         hint = f"nearest: {', '.join(near)}" if near else "dm_control.suite.ALL_TASKS has the names"
         raise UserError(f"unknown environment '{name}'; {hint}")
-    kwargs = dict(zip(("domain", "task"), tasks[name], strict=True))
-    return EnvSpec(id=name, entry_point=ControlSuite, max_episode_steps=EPISODE_STEPS, kwargs=kwargs)
+    domain, task = tasks[name]
+    kwargs = {"domain": domain, "task": task}
+    entry_point = f"{ControlSuite.__module__}:{ControlSuite.__name__}"
+    return EnvSpec(id=name, entry_point=entry_point, max_episode_steps=EPISODE_STEPS, kwargs=kwargs)
 
 
 @final
