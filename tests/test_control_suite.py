@@ -293,7 +293,8 @@ import os, sys, mujoco
 before = dict(os.environ)
 from mve.envs import host
 from mve.envs.base import EnvConfig
-host.make(EnvConfig(id="dmc/dog-run")).reset(seed=0)
+for name in ("cheetah-run", "dog-run"):
+    host.make(EnvConfig(id="dmc/" + name)).reset(seed=0)
 print(os.environ == before, mujoco.get_mju_user_warning(), "OpenGL" in sys.modules)
 """
     environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
@@ -302,6 +303,7 @@ print(os.environ == before, mujoco.get_mju_user_warning(), "OpenGL" in sys.modul
     )
     assert done.stderr == ""
     assert done.stdout == "True None False\n"
+    assert list(tmp_path.iterdir()) == []  # no MUJOCO_LOG.TXT
 
 
 TINY = [

@@ -98,7 +98,7 @@ def _limit(value: np.ndarray) -> np.ndarray:
 def _suite(name: str) -> Any:
     """The module dm_control.suite, for whoever asked for the task of that name."""
     try:
-        with _without_a_renderer():
+        with _undisturbed():
             # Absent from most machines, so a type checker cannot follow it.
             from dm_control import suite  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -115,7 +115,8 @@ def _load(name: str, domain: str, task: str) -> Any:
     settings = {"random": 0, "time_limit": math.inf}
     suite = _suite(name)
     try:
-        return suite.load(domain, task, task_kwargs=settings)
+        with _undisturbed():
+            return suite.load(domain, task, task_kwargs=settings)
     except Exception as error:
         raise _broken(name, error) from error
 
@@ -130,17 +131,18 @@ def _broken(name: str, error: Exception) -> UserError:
 
 
 @contextmanager
-def _without_a_renderer() -> Iterator[None]:
-    """States need no display and no GL library, which importing dm-control would look for.
+def _undisturbed() -> Iterator[None]:
+    """dm-control is imported and its models are read without a trace in the rest of the process.
 
-    It also takes MuJoCo's warnings over, for the whole process. Both are put back; a MUJOCO_GL that was set
-    is respected.
+    It would look for a display or a GL library, which states do not need (a MUJOCO_GL that was set is
+    respected), and take over MuJoCo's warnings, here of what its models are written in: no user can mend it.
     """
     import mujoco  # before MUJOCO_GL is touched, which it reads as well
 
     native: Any = mujoco  # its C functions are not in the type stubs
     warn, chosen = native.get_mju_user_warning(), os.environ.get("MUJOCO_GL")
     os.environ.setdefault("MUJOCO_GL", "disable")
+    native.set_mju_user_warning(lambda message: None)
     try:
         yield
     finally:
