@@ -36,7 +36,7 @@ from mve.types import Json, UserError
 METRICS, EVALUATIONS, VERSIONS, MUJOCO_LOG = "metrics.jsonl", "evaluations.csv", "versions.json", "mujoco.log"
 STEP = "time/total_timesteps"
 COLUMNS = ("step", "episode", "return", "length")
-PACKAGES = ("numpy", "jax", "jaxlib", "equinox", "optax", "gymnasium", "mujoco")
+PACKAGES = ("numpy", "jax", "jaxlib", "equinox", "optax", "gymnasium", "mujoco", "dm-control")
 WIDE = 130  # columns of a terminal with room for a bar
 RATE_WINDOW_S = 30.0  # steps/s is that of the last half minute: random warm-up steps cost next to nothing
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
+from mve.envs import control_suite
 from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy
 from mve.envs.known import known_functions
 from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
@@ -26,11 +27,13 @@ EPISODE_STREAM = 1  # first word of the seeds of training episodes; evaluation a
 
 def make(config: EnvConfig) -> gym.Env:
     """A fresh environment of that id; a typing mistake gets the nearest names."""
+    is_suite = config.id.startswith(control_suite.PREFIX)
+    task = control_suite.spec(config.id) if is_suite else config.id
     try:
         with warnings.catch_warnings():
             # An older version is asked for on purpose, to compare with published numbers.
             warnings.filterwarnings("ignore", message=".*is out of date")
-            return gym.make(config.id, **(config.kwargs or {}))
+            return gym.make(task, **(config.kwargs or {}))
     except (gym.error.NameNotFound, gym.error.VersionNotFound, gym.error.NamespaceNotFound) as error:
         near = difflib.get_close_matches(config.id, list(gym.registry), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else "; see gymnasium.registry for the names"
