@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
-from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy
-from mve.envs.known import known_functions
+from mve.envs import snapshot as snapshots
+from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
+from mve.envs.known import known_functions, name_of
+from mve.envs.portable import described
 from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
 
 ActionSpace: TypeAlias = Box | Discrete
 
 LARGEST_SEED = 2**31 - 1
+COUNTS = {"seed": int, "num_steps": int, "num_episodes": int, "length": int, "return": float}
 EPISODE_STREAM = 1  # first word of the seeds of training episodes; evaluation and exploration have others
 
 
@@ -37,11 +40,6 @@ def make(config: EnvConfig) -> gym.Env:
         raise UserError(f"unknown environment '{config.id}'{hint}") from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise UserError(f"cannot make environment '{config.id}': {_one_line(error)}") from error
-
-
-def name_of(env: gym.Env) -> str:
-    """Its Gymnasium id, or the name of its class."""
-    return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
 
 
 def episode_seed(stream: int, *words: int) -> int:
@@ -211,6 +209,47 @@ class HostEnv:
         columns = zip(*rows, strict=True)
         dtypes = (np.float32,) * 5 + (np.int32,) * 2 + (np.float32,)
         return Transition(*(np.array(c, d) for c, d in zip(columns, dtypes, strict=True))), ended  # pyright: ignore[reportArgumentType]
+
+    def snapshot_obstacle(self) -> str | None:
+        """Why there is no snapshot; None if there is one."""
+        return snapshots.obstacle(self._env)
+
+    def snapshot(self) -> Snapshot | None:
+        """The environment's state, the observation to act on, and the counters; None if not to be had."""
+        taken = snapshots.take(self._env)
+        if taken is None:
+            return None
+        arrays, facts = taken
+        if self._obs is not None:
+            arrays["obs"] = self._obs.copy()
+            facts["arrays"] |= described({"obs": self._obs})
+        counts = (self._seed, self.num_steps, self.num_episodes, self._length, self._return)
+        facts["host"] = dict(zip(COUNTS, counts, strict=True))
+        return taken
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from the snapshot of an environment of the same make and seed.
+
+        UserError if it does not fit; nothing has been changed then.
+        """
+        counts: Any = snapshot.facts.get("host")
+        obs = snapshot.arrays.get("obs") if "obs" in snapshot.facts.get("arrays", {}) else None
+        if fault := self._fault(counts, obs):
+            raise UserError(f"{self.spec.name}: the state saved does not fit: {fault}; use another checkpoint")
+        snapshots.restore(self._env, snapshot)
+        self.num_steps, self.num_episodes = counts["num_steps"], counts["num_episodes"]
+        self._length, self._return = counts["length"], counts["return"]
+        self._obs = None if obs is None else np.array(obs)
+
+    def _fault(self, counts: Any, obs: np.ndarray | None) -> str | None:
+        typed = isinstance(counts, dict) and {name: type(x) for name, x in counts.items()} == COUNTS
+        if not typed or min(counts["num_steps"], counts["num_episodes"], counts["length"]) < 0:
+            return "its counters are damaged"
+        if counts["seed"] != self._seed:
+            return f"it is of seed {counts['seed']}, not {self._seed}"
+        if obs is None or (obs.dtype == np.float32 and obs.shape == (self.spec.obs_size,)):
+            return None
+        return f"its observation is {obs.dtype} {list(obs.shape)}, not float32 [{self.spec.obs_size}]"
 
     def close(self) -> None:
         self._env.close()
