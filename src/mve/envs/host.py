@@ -23,7 +23,11 @@ from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
 ActionSpace: TypeAlias = Box | Discrete
 
 LARGEST_SEED = 2**31 - 1
-COUNTS = {"seed": int, "num_steps": int, "num_episodes": int, "length": int, "return": float}
+# Of an adapter, in a snapshot: JSON.
+COUNTERS = {
+    **{"seed": int, "begun": bool},
+    **{"num_steps": int, "num_episodes": int, "length": int, "return": float},
+}
 EPISODE_STREAM = 1  # first word of the seeds of training episodes; evaluation and exploration have others
 
 
@@ -141,6 +145,7 @@ class HostEnv:
         self._truncation_is_terminal = truncation_is_terminal
         self._obs: np.ndarray | None = None
         self._return, self._length = 0.0, 0
+        self._begun = False  # reset at least once
         self.num_episodes = 0
         self.num_steps = 0
         limit = env.spec.max_episode_steps if env.spec is not None else None
@@ -168,6 +173,7 @@ class HostEnv:
     def _reset(self) -> np.ndarray:
         seed = episode_seed(EPISODE_STREAM, self._seed, self.num_episodes)
         obs, _ = self._env.reset(seed=seed)
+        self._begun = True
         self._return, self._length = 0.0, 0
         return self._checked(obs)
 
@@ -210,21 +216,25 @@ class HostEnv:
         dtypes = (np.float32,) * 5 + (np.int32,) * 2 + (np.float32,)
         return Transition(*(np.array(c, d) for c, d in zip(columns, dtypes, strict=True))), ended  # pyright: ignore[reportArgumentType]
 
+    @property
     def snapshot_obstacle(self) -> str | None:
         """Why there is no snapshot; None if there is one."""
-        return snapshots.obstacle(self._env)
+        return snapshots.obstacle(self._env) if self._begun else None
 
     def snapshot(self) -> Snapshot | None:
-        """The environment's state, the observation to act on, and the counters; None if not to be had."""
-        taken = snapshots.take(self._env)
+        """The environment's state, the observation to act on, and the counters; None if not to be had.
+
+        Before its first reset an environment has no state, and the counters are all there is.
+        """
+        taken = snapshots.take(self._env) if self._begun else Snapshot({}, {"arrays": {}})
         if taken is None:
             return None
         arrays, facts = taken
         if self._obs is not None:
             arrays["obs"] = self._obs.copy()
             facts["arrays"] |= described({"obs": self._obs})
-        counts = (self._seed, self.num_steps, self.num_episodes, self._length, self._return)
-        facts["host"] = dict(zip(COUNTS, counts, strict=True))
+        now = (self._seed, self._begun, self.num_steps, self.num_episodes, self._length, self._return)
+        facts["host"] = dict(zip(COUNTERS, now, strict=True))
         return taken
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -232,21 +242,25 @@ class HostEnv:
 
         UserError if it does not fit; nothing has been changed then.
         """
-        counts: Any = snapshot.facts.get("host")
+        counters: Any = snapshot.facts.get("host")
         obs = snapshot.arrays.get("obs") if "obs" in snapshot.facts.get("arrays", {}) else None
-        if fault := self._fault(counts, obs):
-            raise UserError(f"{self.spec.name}: the state saved does not fit: {fault}; use another checkpoint")
-        snapshots.restore(self._env, snapshot)
-        self.num_steps, self.num_episodes = counts["num_steps"], counts["num_episodes"]
-        self._length, self._return = counts["length"], counts["return"]
+        if fault := self._fault(counters, obs):
+            raise UserError(
+                f"{self.spec.name}: the state saved does not fit: {fault}; use another checkpoint"
+            )
+        if counters["begun"]:
+            snapshots.restore(self._env, snapshot)
+        _, self._begun, self.num_steps, self.num_episodes, self._length, self._return = (
+            counters[name] for name in COUNTERS
+        )
         self._obs = None if obs is None else np.array(obs)
 
-    def _fault(self, counts: Any, obs: np.ndarray | None) -> str | None:
-        typed = isinstance(counts, dict) and {name: type(x) for name, x in counts.items()} == COUNTS
-        if not typed or min(counts["num_steps"], counts["num_episodes"], counts["length"]) < 0:
+    def _fault(self, counters: Any, obs: np.ndarray | None) -> str | None:
+        typed = isinstance(counters, dict) and {name: type(x) for name, x in counters.items()} == COUNTERS
+        if not typed or min(x for x in counters.values() if type(x) is int) < 0:
             return "its counters are damaged"
-        if counts["seed"] != self._seed:
-            return f"it is of seed {counts['seed']}, not {self._seed}"
+        if counters["seed"] != self._seed:
+            return f"it is of seed {counters['seed']}, not {self._seed}"
         if obs is None or (obs.dtype == np.float32 and obs.shape == (self.spec.obs_size,)):
             return None
         return f"its observation is {obs.dtype} {list(obs.shape)}, not float32 [{self.spec.obs_size}]"

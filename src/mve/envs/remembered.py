@@ -1,8 +1,8 @@
 """What the environments and wrappers of Gymnasium keep between steps, class by class.
 
 Read from the sources of Gymnasium 1.4; an attribute that another version lacks is passed over. Classes are
-compared by their full name: a subclass may keep more. Settings that a class is made with are not listed, since
-the environment restored is made the same way.
+compared by their full name: a subclass may keep more. What a class was made with is not listed, since the
+environment restored is made the same way.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An environment's whole state in the middle of an episode: taken, and put into a freshly made one.
 
 What follows is then the same to the bit, which an exact resume asks for. We take what a class is known to
-keep between steps and never guess: an environment or a wrapper that is not in `remembered.py` cannot be taken,
+keep between steps and never guess: an environment or a wrapper not listed in `remembered.py` cannot be taken,
 and `obstacle` says so. Your own class, wrappers included, can be if it has
 
     def snapshot(self) -> dict[str, Any]: ...           arrays, numbers, text, lists and mappings of them
@@ -88,13 +88,11 @@ def mismatch(env: Layer, other: Layer, seed: int = 0) -> str | None:
     restore(other, taken)
     for step in range(1, TRIED_STEPS + 1):
         action = _drawn(env, actions)
-        answers = env.step(action), other.step(action)
-        for what, *pair in zip(("observation", "reward", "terminated", "truncated"), *answers, strict=False):
-            first, second = (np.asarray(x) for x in pair)
-            if first.dtype != second.dtype or first.tobytes() != second.tobytes():
-                return f"{what} of step {step} after the snapshot: {second}, not {first}"
-        if answers[0][2] or answers[0][3]:
-            break
+        first, second = env.step(action), other.step(action)
+        if what := _first_difference(first[:4], second[:4]):
+            return f"{what} of step {step} after the snapshot"
+        if (first[2] or first[3]) and _first_difference(env.reset()[:1], other.reset()[:1]):
+            return f"observation of the reset after step {step} after the snapshot"
     return None
 
 
@@ -125,10 +123,7 @@ def _record(layer: Layer, name: str, arrays: Arrays) -> Json:
     known = class_name(layer)
     record: Json = {"class": known}
     if _speaks_for_itself(layer):
-        data: Any = layer.snapshot()  # pyright: ignore[reportAttributeAccessIssue]
-        if type(data) is not dict:
-            raise NotPortableError(f"{known}: snapshot() returned {type(data).__name__}, not a dict")
-        record["own"] = pack(data, f"{name}.own", arrays)
+        record["own"] = pack(_own(layer), f"{name}.own", arrays)
     elif known not in remembered.ATTRIBUTES:
         raise NotPortableError(
             f"what {known} keeps between steps is not known; give it methods snapshot() and restore(data)"
@@ -149,6 +144,20 @@ def _record(layer: Layer, name: str, arrays: Arrays) -> Json:
     if remembered.has_physics(layer):
         record["physics"] = pack(remembered.physics(layer), f"{name}.physics", arrays)
     return record
+
+
+def _own(layer: Any) -> dict[str, Any]:
+    """What a user's class says of itself. A fault in it need not end a run: it is the obstacle."""
+    try:
+        data = layer.snapshot()
+    except Exception as error:
+        fault = f"snapshot() failed: {type(error).__name__}: {error}"
+        raise NotPortableError(f"{class_name(layer)}: its {fault}") from error
+    if type(data) is not dict:
+        raise NotPortableError(
+            f"{class_name(layer)}: its snapshot() returned {type(data).__name__}, not dict"
+        )
+    return data
 
 
 def _attributes(layer: Layer) -> dict[str, remembered.Check]:
@@ -262,3 +271,11 @@ def _wander(env: Layer, seed: int, actions: np.random.Generator) -> None:
 def _drawn(env: Layer, actions: np.random.Generator) -> Any:
     env.action_space.seed(int(actions.integers(2**31)))
     return env.action_space.sample()
+
+
+def _first_difference(first: tuple[Any, ...], second: tuple[Any, ...]) -> str | None:
+    for what, *pair in zip(("observation", "reward", "terminated", "truncated"), first, second, strict=False):
+        one, another = (np.asarray(x) for x in pair)
+        if one.dtype != another.dtype or one.tobytes() != another.tobytes():
+            return what
+    return None
