@@ -22,8 +22,8 @@ import pytest
 from gymnasium import wrappers
 from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
-from safetensors.numpy import load_file, save_file
 
+from mve import checkpoint
 from mve.envs import snapshot
 from mve.envs.base import Snapshot
 from mve.envs.host import HostEnv
@@ -148,9 +148,10 @@ for id in sys.argv[2:]:
 
 
 def continue_from_files(id: str) -> str:
+    facts = checkpoint.read_facts(checkpoint.latest(Path(id)) or Path(id))
+    state, facts = checkpoint.restore(Path(id), {"env": snapshot.template(facts["env"])})
     env = make(id)
-    facts = json.loads(Path(f"{id}.json").read_text())
-    snapshot.restore(env, Snapshot(load_file(f"{id}.safetensors"), facts))
+    snapshot.restore(env, Snapshot(state["env"], facts["env"]))
     return digest(env)
 
 
@@ -164,8 +165,7 @@ def test_another_process_goes_on_from_the_files_of_a_checkpoint() -> None:
         env = begun(make(id))
         story(env, num_steps=11)
         saved = taken(env)
-        save_file(saved.arrays, f"{id}.safetensors")
-        Path(f"{id}.json").write_text(json.dumps(saved.facts))
+        checkpoint.save(Path(id), {"env": saved.arrays}, {"num_env_steps": 11, "env": saved.facts})
         wanted.append(digest(env))
     command = [sys.executable, "-c", IN_ANOTHER_PROCESS, str(Path(__file__).parent), "Ant-v5", "Pendulum-v1"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
@@ -357,6 +357,7 @@ DAMAGE: dict[str, Callable[[Snapshot], Any]] = {
     "TimeLimit cannot keep in _elapsed_steps": lambda s: _at(s, "layers", 0, "state").update(
         _elapsed_steps="many"
     ),
+    "it was taken with MuJoCo 2.3.7": lambda s: _at(s, *ROBOT).update(mujoco="2.3.7"),
     "integration is not finite": lambda s: s.arrays["3.physics.integration"].fill(np.nan),
     "no generator os.system": lambda s: _at(s, *ROBOT, "state", "_np_random").update(generator="os.system"),
     "a space cannot draw": lambda s: _at(s, *ROBOT).update(spaces=[1, None]),
@@ -365,6 +366,12 @@ DAMAGE: dict[str, Callable[[Snapshot], Any]] = {
         s.facts["arrays"].update({"3.physics.xpos": ["float64", [9, 3]]}),
     ),
 }
+
+
+def test_damaged_facts_have_no_template() -> None:
+    for facts in ({}, {"arrays": {"x": ["float64", "wide"]}}, {"arrays": {"x": ["os.system", [2]]}}):
+        with pytest.raises(UserError, match="damaged"):
+            snapshot.template(facts)
 
 
 @pytest.mark.parametrize("fault", DAMAGE)

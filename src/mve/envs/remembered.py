@@ -37,6 +37,13 @@ def has_physics(layer: gym.Env[Any, Any]) -> bool:
     )
 
 
+def mujoco_version() -> str:
+    """Another one may lay out its state otherwise, and moves otherwise."""
+    import mujoco
+
+    return mujoco.__version__
+
+
 def physics(env: Any) -> dict[str, np.ndarray]:
     """All that MuJoCo's next step depends on, the solver's warm start included, and what is a step behind."""
     import mujoco

@@ -74,6 +74,15 @@ def restore(env: Layer, snapshot: Snapshot) -> None:
         apply()
 
 
+def template(facts: Json) -> Arrays:
+    """Arrays of the dtypes and shapes that a snapshot with these facts has, for a checkpoint to fill."""
+    try:
+        kinds = facts["arrays"].items()
+        return {name: np.broadcast_to(np.zeros((), dtype), shape) for name, (dtype, shape) in kinds}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError("the state saved of the environment is damaged; use another checkpoint") from error
+
+
 def mismatch(env: Layer, other: Layer, seed: int = 0) -> str | None:
     """What differs first once `other` was restored to a snapshot of `env`; None if nothing does.
 
@@ -142,6 +151,7 @@ def _record(layer: Layer, name: str, arrays: Arrays) -> Json:
     spaces = enumerate(_spaces(layer))
     record["spaces"] = [pack(s._np_random, f"{name}.spaces.{i}", arrays) for i, s in spaces]
     if remembered.has_physics(layer):
+        record["mujoco"] = remembered.mujoco_version()
         record["physics"] = pack(remembered.physics(layer), f"{name}.physics", arrays)
     return record
 
@@ -224,15 +234,21 @@ def _settings(layer: Layer, record: Json, arrays: Arrays) -> Iterator[Setting]:
             raise ValueError("a space cannot draw from what was saved")
         yield partial(setattr, space, "_np_random", generator)
     if remembered.has_physics(layer):
-        values, present = unpack(record["physics"], arrays), remembered.physics(layer)
-        for name in present:
-            if (values[name].dtype, values[name].shape) != (present[name].dtype, present[name].shape):
-                raise ValueError(f"{name} is of another MuJoCo model, or of another version of MuJoCo")
-            if not np.isfinite(values[name]).all():
-                raise ValueError(f"{name} is not finite")
-        yield partial(remembered.set_physics, layer, values)
+        yield partial(remembered.set_physics, layer, _checked_physics(layer, record, arrays))
     if known in remembered.AFTERWARDS:
         yield partial(remembered.AFTERWARDS[known], layer)
+
+
+def _checked_physics(layer: Layer, record: Json, arrays: Arrays) -> Arrays:
+    if record["mujoco"] != (version := remembered.mujoco_version()):
+        raise ValueError(f"it was taken with MuJoCo {record['mujoco']}, not {version}")
+    values, present = unpack(record["physics"], arrays), remembered.physics(layer)
+    for name in present:
+        if (values[name].dtype, values[name].shape) != (present[name].dtype, present[name].shape):
+            raise ValueError(f"{name} is of another MuJoCo model")
+        if not np.isfinite(values[name]).all():
+            raise ValueError(f"{name} is not finite")
+    return values
 
 
 def _owner(layer: Layer, attribute: str) -> tuple[Any, str]:
