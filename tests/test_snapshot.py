@@ -80,7 +80,8 @@ def exact(value: Any) -> Any:
 def goes_on(env: gym.Env, over: bool = False, num_steps: int = NUM_STEPS) -> Iterator[tuple[Any, bool]]:
     """What each step or reset answers, and whether the episode is over then."""
     for _ in range(num_steps):
-        answer: tuple = env.reset() if over else env.step(env.action_space.sample())
+        by_hand = over and not isinstance(env, wrappers.Autoreset)
+        answer: tuple = env.reset() if by_hand else env.step(env.action_space.sample())
         over = len(answer) > 2 and bool(answer[2] or answer[3])
         yield exact(answer), over
 
@@ -176,7 +177,7 @@ def test_another_process_goes_on_from_the_files_of_a_checkpoint() -> None:
 
 WRAPPERS: dict[str, Callable[[gym.Env], gym.Env]] = {
     "actions": lambda env: wrappers.StickyAction(
-        wrappers.ClipAction(wrappers.RescaleAction(env, *np.float32([[-0.5], [0.5]]))), 0.5, (1, 3)
+        wrappers.ClipAction(wrappers.RescaleAction(env, *np.float32([[-0.5], [0.5]]))), 0.9, (3, 5)
     ),
     "running moments": lambda env: wrappers.NormalizeReward(wrappers.NormalizeObservation(env)),
     "stacked": lambda env: wrappers.FlattenObservation(wrappers.FrameStackObservation(env, 3)),
@@ -192,6 +193,24 @@ WRAPPERS: dict[str, Callable[[gym.Env], gym.Env]] = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_what_follows_is_the_same_below_wrappers(name: str) -> None:
     assert_exact(lambda: WRAPPERS[name](make("Pendulum-v1", max_episode_steps=20)))
+
+
+def test_statistics_of_past_episodes_go_on() -> None:
+    env, other = (wrappers.RecordEpisodeStatistics(make("CartPole-v1"), buffer_length=3) for _ in range(2))
+    story(begun(env))
+    snapshot.restore(other, taken(env))
+    for name in ("return_queue", "length_queue", "time_queue"):
+        assert list(getattr(other, name)) == list(getattr(env, name)) != []
+        assert getattr(other, name).maxlen == 3
+
+
+def test_a_pole_that_has_fallen_stays_fallen() -> None:
+    env, other = begun(make("CartPole-v1")), make("CartPole-v1")
+    while not env.step(0)[2]:
+        pass
+    snapshot.restore(other, taken(env))
+    with pytest.warns(UserWarning, match="even though this environment has already returned"):
+        assert other.step(0)[1] == 0.0
 
 
 class Doubling(gym.RewardWrapper):
@@ -260,6 +279,21 @@ class Forgetful(Walk):
     forgets = True
 
 
+class Wistful(Walk):
+    """Forgets no more than how many episodes there were, which only a reset shows."""
+
+    num_episodes = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.num_episodes += 1
+        return np.full(2, float(self.num_episodes)), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        obs, reward, _, truncated, info = super().step(action)
+        return obs, reward, self.count == 5, truncated, info
+
+
 class Fickle(Walk):
     def snapshot(self) -> dict[str, Any]:
         return {"places": set(self.places)}
@@ -321,6 +355,9 @@ def test_a_forgetful_class_is_found_out_on_two_spare_environments() -> None:
     assert snapshot.mismatch(Walk(), Walk()) is None
     assert snapshot.mismatch(make("Reacher-v4"), make("Reacher-v4")) is None
     assert snapshot.mismatch(Forgetful(), Forgetful()) == "observation of step 1 after the snapshot"
+    other = Wistful()
+    other.num_episodes = 7
+    assert snapshot.mismatch(Wistful(), other) == "observation of the reset after step 2 after the snapshot"
     with pytest.raises(UserError, match="Heavy keeps between steps is not known"):
         snapshot.mismatch(Heavy(), Heavy())
 

@@ -63,7 +63,8 @@ def set_physics(env: Any, values: dict[str, np.ndarray]) -> None:
     which = native.mjtState.mjSTATE_INTEGRATION
     native.mj_setState(env.model, env.data, values["integration"], which)
     native.mj_forward(env.model, env.data)
-    native.mj_setState(env.model, env.data, values["integration"], which)  # mj_forward moves the warm start
+    # Again, for what mj_forward may do to it: with some versions of MuJoCo it moves the warm start.
+    native.mj_setState(env.model, env.data, values["integration"], which)
     for name in BEHIND:
         getattr(env.data, name)[:] = values[name]
 
@@ -114,10 +115,6 @@ def _numbers(_: Any, value: Any) -> bool:
 
 def _moment(_: Any, value: Any) -> bool:
     return isinstance(value, np.ndarray | np.floating) and _of_shape(value, ())
-
-
-def _obs_moment(layer: Any, value: Any) -> bool:
-    return isinstance(value, np.ndarray) and _of_shape(value, layer.env.observation_space.shape)
 
 
 def _obs(layer: Any, value: Any) -> bool:
@@ -171,11 +168,11 @@ ATTRIBUTES: dict[str, dict[str, Check]] = {
     },
     f"{_WRAPPERS}stateful_observation:TimeAwareObservation": {"timesteps": count},
     f"{_WRAPPERS}stateful_observation:DelayObservation": {"observation_queue": _delayed},
-    f"{_WRAPPERS}stateful_observation:FrameStackObservation": {"obs_queue": _stack, "padding_value": _obs},
+    f"{_WRAPPERS}stateful_observation:FrameStackObservation": {"obs_queue": _stack},
     f"{_WRAPPERS}stateful_observation:MaxAndSkipObservation": {"_obs_buffer": _two_obs},
     f"{_WRAPPERS}stateful_observation:NormalizeObservation": {
-        "obs_rms.mean": _obs_moment,
-        "obs_rms.var": _obs_moment,
+        "obs_rms.mean": _obs,
+        "obs_rms.var": _obs,
         "obs_rms.count": real,
         "_update_running_mean": flag,
     },
