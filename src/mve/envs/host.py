@@ -23,9 +23,9 @@ from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
 ActionSpace: TypeAlias = Box | Discrete
 
 LARGEST_SEED = 2**31 - 1
-# Of an adapter, in a snapshot: JSON.
+# Of an adapter in a snapshot: whether it was ever reset, whether it is within an episode, and how far.
 COUNTERS = {
-    **{"seed": int, "begun": bool},
+    **{"seed": int, "begun": bool, "going": bool},
     **{"num_steps": int, "num_episodes": int, "length": int, "return": float},
 }
 EPISODE_STREAM = 1  # first word of the seeds of training episodes; evaluation and exploration have others
@@ -233,7 +233,8 @@ class HostEnv:
         if self._obs is not None:
             arrays["obs"] = self._obs.copy()
             facts["arrays"] |= described({"obs": self._obs})
-        now = (self._seed, self._begun, self.num_steps, self.num_episodes, self._length, self._return)
+        going = self._obs is not None
+        now = (self._seed, self._begun, going, self.num_steps, self.num_episodes, self._length, self._return)
         facts["host"] = dict(zip(COUNTERS, now, strict=True))
         return taken
 
@@ -243,17 +244,16 @@ class HostEnv:
         UserError if it does not fit; nothing has been changed then.
         """
         counters: Any = snapshot.facts.get("host")
-        obs = snapshot.arrays.get("obs") if "obs" in snapshot.facts.get("arrays", {}) else None
-        if fault := self._fault(counters, obs):
+        if fault := self._fault(counters, snapshot.arrays.get("obs")):
             raise UserError(
                 f"{self.spec.name}: the state saved does not fit: {fault}; use another checkpoint"
             )
         if counters["begun"]:
             snapshots.restore(self._env, snapshot)
-        _, self._begun, self.num_steps, self.num_episodes, self._length, self._return = (
+        _, self._begun, going, self.num_steps, self.num_episodes, self._length, self._return = (
             counters[name] for name in COUNTERS
         )
-        self._obs = None if obs is None else np.array(obs)
+        self._obs = np.array(snapshot.arrays["obs"]) if going else None
 
     def _fault(self, counters: Any, obs: np.ndarray | None) -> str | None:
         typed = isinstance(counters, dict) and {name: type(x) for name, x in counters.items()} == COUNTERS
@@ -261,9 +261,11 @@ class HostEnv:
             return "its counters are damaged"
         if counters["seed"] != self._seed:
             return f"it is of seed {counters['seed']}, not {self._seed}"
-        if obs is None or (obs.dtype == np.float32 and obs.shape == (self.spec.obs_size,)):
+        if not counters["going"]:
             return None
-        return f"its observation is {obs.dtype} {list(obs.shape)}, not float32 [{self.spec.obs_size}]"
+        found = "missing" if obs is None else f"{obs.dtype} {list(obs.shape)}"
+        wanted = f"float32 [{self.spec.obs_size}]"
+        return None if found == wanted else f"its observation is {found}, not {wanted}"
 
     def close(self) -> None:
         self._env.close()

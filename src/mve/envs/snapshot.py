@@ -69,7 +69,7 @@ def restore(env: Layer, snapshot: Snapshot) -> None:
         for apply in own:
             apply()
     except Exception as error:
-        raise UserError(f"{name}: its restore(data) failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"{name}: its restore(data) failed: {_one_line(error)}") from error
     for apply in settings:
         apply()
 
@@ -103,6 +103,10 @@ def mismatch(env: Layer, other: Layer, seed: int = 0) -> str | None:
         if (first[2] or first[3]) and _first_difference(env.reset()[:1], other.reset()[:1]):
             return f"observation of the reset after step {step} after the snapshot"
     return None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _layers(env: Layer) -> list[Layer]:
@@ -161,8 +165,7 @@ def _own(layer: Any) -> dict[str, Any]:
     try:
         data = layer.snapshot()
     except Exception as error:
-        fault = f"snapshot() failed: {type(error).__name__}: {error}"
-        raise NotPortableError(f"{class_name(layer)}: its {fault}") from error
+        raise NotPortableError(f"{class_name(layer)}: its snapshot() failed: {_one_line(error)}") from error
     if type(data) is not dict:
         raise NotPortableError(
             f"{class_name(layer)}: its snapshot() returned {type(data).__name__}, not dict"
