@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from mve.types import Known, Transition
+from mve.types import Json, Known, Transition
 
 # obs (S,) -> action (A,): in [-1, 1], or one-hot where the choice is among A
 HostPolicy: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -44,6 +44,13 @@ class Episode(NamedTuple):
     length: int
 
 
+class Snapshot(NamedTuple):
+    """The state of an environment, which a checkpoint can hold: tensors and JSON."""
+
+    arrays: dict[str, np.ndarray]
+    facts: Json  # facts["arrays"] is the dtype and the shape of each of them
+
+
 class Env(Protocol):
     """One environment, collected in blocks; episodes run on across them."""
 
@@ -51,6 +58,14 @@ class Env(Protocol):
 
     def collect(self, policy: HostPolicy, num_steps: int) -> tuple[Transition, list[Episode]]:
         """The next `num_steps` real steps as a batch (T, ...), and the episodes that ended within."""
+        ...
+
+    def snapshot(self) -> Snapshot | None:
+        """All that the next `collect` depends on; None if it cannot be had."""
+        ...
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from there: the next `collect` gives the rows that would have followed, to the bit."""
         ...
 
     def close(self) -> None: ...

@@ -15,13 +15,20 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 
 from mve.envs import control_suite
-from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy
-from mve.envs.known import known_functions
+from mve.envs import snapshot as snapshots
+from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
+from mve.envs.known import known_functions, name_of
+from mve.envs.portable import described
 from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
 
 ActionSpace: TypeAlias = Box | Discrete
 
 LARGEST_SEED = 2**31 - 1
+# Of an adapter in a snapshot: whether it was ever reset, whether it is within an episode, and how far.
+COUNTERS = {
+    **{"seed": int, "begun": bool, "going": bool},
+    **{"num_steps": int, "num_episodes": int, "length": int, "return": float},
+}
 EPISODE_STREAM = 1  # first word of the seeds of training episodes; evaluation and exploration have others
 
 
@@ -40,11 +47,6 @@ def make(config: EnvConfig) -> gym.Env:
         raise UserError(f"unknown environment '{config.id}'{hint}") from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise UserError(f"cannot make environment '{config.id}': {_one_line(error)}") from error
-
-
-def name_of(env: gym.Env) -> str:
-    """Its Gymnasium id, or the name of its class."""
-    return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
 
 
 def episode_seed(stream: int, *words: int) -> int:
@@ -146,6 +148,7 @@ class HostEnv:
         self._truncation_is_terminal = truncation_is_terminal
         self._obs: np.ndarray | None = None
         self._return, self._length = 0.0, 0
+        self._begun = False  # reset at least once
         self.num_episodes = 0
         self.num_steps = 0
         limit = env.spec.max_episode_steps if env.spec is not None else None
@@ -173,6 +176,7 @@ class HostEnv:
     def _reset(self) -> np.ndarray:
         seed = episode_seed(EPISODE_STREAM, self._seed, self.num_episodes)
         obs, _ = self._env.reset(seed=seed)
+        self._begun = True
         self._return, self._length = 0.0, 0
         return self._checked(obs)
 
@@ -214,6 +218,57 @@ class HostEnv:
         columns = zip(*rows, strict=True)
         dtypes = (np.float32,) * 5 + (np.int32,) * 2 + (np.float32,)
         return Transition(*(np.array(c, d) for c, d in zip(columns, dtypes, strict=True))), ended  # pyright: ignore[reportArgumentType]
+
+    @property
+    def snapshot_obstacle(self) -> str | None:
+        """Why there is no snapshot; None if there is one."""
+        return snapshots.obstacle(self._env) if self._begun else None
+
+    def snapshot(self) -> Snapshot | None:
+        """The environment's state, the observation to act on, and the counters; None if not to be had.
+
+        Before its first reset an environment has no state, and the counters are all there is.
+        """
+        taken = snapshots.take(self._env) if self._begun else Snapshot({}, {"arrays": {}})
+        if taken is None:
+            return None
+        arrays, facts = taken
+        if self._obs is not None:
+            arrays["obs"] = self._obs.copy()
+            facts["arrays"] |= described({"obs": self._obs})
+        going = self._obs is not None
+        now = (self._seed, self._begun, going, self.num_steps, self.num_episodes, self._length, self._return)
+        facts["host"] = dict(zip(COUNTERS, now, strict=True))
+        return taken
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from the snapshot of an environment of the same make and seed.
+
+        UserError if it does not fit; nothing has been changed then.
+        """
+        counters: Any = snapshot.facts.get("host")
+        if fault := self._fault(counters, snapshot.arrays.get("obs")):
+            raise UserError(
+                f"{self.spec.name}: the state saved does not fit: {fault}; use another checkpoint"
+            )
+        if counters["begun"]:
+            snapshots.restore(self._env, snapshot)
+        _, self._begun, going, self.num_steps, self.num_episodes, self._length, self._return = (
+            counters[name] for name in COUNTERS
+        )
+        self._obs = np.array(snapshot.arrays["obs"]) if going else None
+
+    def _fault(self, counters: Any, obs: np.ndarray | None) -> str | None:
+        typed = isinstance(counters, dict) and {name: type(x) for name, x in counters.items()} == COUNTERS
+        if not typed or min(x for x in counters.values() if type(x) is int) < 0:
+            return "its counters are damaged"
+        if counters["seed"] != self._seed:
+            return f"it is of seed {counters['seed']}, not {self._seed}"
+        if not counters["going"]:
+            return None
+        found = "missing" if obs is None else f"{obs.dtype} {list(obs.shape)}"
+        wanted = f"float32 [{self.spec.obs_size}]"
+        return None if found == wanted else f"its observation is {found}, not {wanted}"
 
     def close(self) -> None:
         self._env.close()

@@ -67,6 +67,11 @@ def class_name(env: gym.Env[Any, Any]) -> str:
     return f"{type(env).__module__}:{type(env).__qualname__}"
 
 
+def name_of(env: gym.Env[Any, Any]) -> str:
+    """Its Gymnasium id, or the name of its class."""
+    return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+
+
 # Classic control and the pendulums
 
 
