@@ -134,7 +134,7 @@ def learn(state: TrainState, block: Transition, due: Due, recipe: Recipe) -> tup
     The counts are traced, not static: the block that only remembers, the first fit and the steady state
     are one compilation. Metrics are means over the repetitions; `state` is donated.
     """
-    keys = jax.random.split(_key_of_step(state, LEARN), 4)
+    keys = jax.random.split(_key_of_step(state, LEARN, state.num_env_steps), 4)
     fit_key, branch_key, update_key, replay_key = keys
     metrics: Metrics = {}
     if state.calibration is not None:
@@ -184,11 +184,11 @@ def _repeat(
 
 
 @jax.jit
-def exploration_policy(state: TrainState) -> Policy:
-    """The policy that collects the block that starts at the state's step."""
-    return state.agent.exploration_policy(_key_of_step(state, ACT))
+def exploration_policy(state: TrainState, step: Array) -> Policy:
+    """The policy that collects the block that starts at that environment step."""
+    return state.agent.exploration_policy(_key_of_step(state, ACT, step))
 
 
-def _key_of_step(state: TrainState, stream: int) -> Key:
+def _key_of_step(state: TrainState, stream: int, step: Array) -> Key:
     root = jax.random.clone(state.key)  # reused on purpose: the key-reuse checker has to be told
-    return jax.random.fold_in(jax.random.split(root)[stream], state.num_env_steps)
+    return jax.random.fold_in(jax.random.split(root)[stream], step)

@@ -1,0 +1,175 @@
+"""The loop: real steps and learning in turn, for one run or for several side by side.
+
+act       block k of real steps, with the policy of the state that has learned from blocks 0 .. k-1
+learn     from block k
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mve import log, schedule
+from mve.networks import Policy
+from mve.program import Alone
+from mve.run import Run
+from mve.state import TrainState
+from mve.train import Due
+from mve.types import Metrics, Transition
+
+
+class Interrupt:
+    """Ctrl-C asks the loop to finish its block; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While this lasts; signals reach the main thread only."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(signum: int, frame: Any) -> None:
+            del signum, frame
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        previous = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+class Collected(NamedTuple):
+    """A block of real steps of every run, not learned from yet."""
+
+    blocks: list[Transition]
+    before: int  # step at which it starts
+    step: int  # and ends
+
+
+class Learning(NamedTuple):
+    """What was asked of the device last; `metrics` may not be there yet."""
+
+    metrics: Metrics
+    due: Due
+    step: int
+
+
+class Loop:
+    """Runs whose configurations differ in the seed only, and their training state."""
+
+    def __init__(self, runs: Sequence[Run], states: Sequence[TrainState]):
+        self.runs = list(runs)
+        self.config = runs[0].config
+        self.program = Alone(runs[0].recipe)
+        self.state = self.program.joined(states)
+        self.step = int(self.state.num_env_steps)
+        self._collected: Collected | None = None
+        self._learning: Learning | None = None
+
+    def states(self) -> list[TrainState]:
+        """The state of each run."""
+        return [self.program.part(self.state, i) for i in range(len(self.runs))]
+
+    def go_on(self, total: int, records: Sequence[log.RunLog], interrupt: Interrupt) -> None:
+        """Up to so many environment steps, or until Ctrl-C; ends with an evaluation and a checkpoint."""
+        settings, interval = self.config.train, self.config.evaluate.interval_steps
+        started, before_start = time.perf_counter(), [run.seconds for run in self.runs]
+        stopping = False
+        while self.step < total and not stopping:
+            before = self.step
+            self._collect(min(settings.block_steps, total - before))
+            stopping = interrupt.asked
+            evaluates = schedule.crosses(before, self.step, interval) or self.step == total
+            saves = schedule.crosses(before, self.step, settings.checkpoint_interval) or self.step == total
+            self._learn()
+            self._read()
+            for run, seconds in zip(self.runs, before_start, strict=True):
+                run.seconds = seconds + time.perf_counter() - started
+            self._progress(records)
+            judged = self.evaluate(records) if evaluates else [{} for _ in self.runs]
+            if evaluates or schedule.crosses(before, self.step, max(interval // 5, 1)):
+                for run, record, result in zip(self.runs, records, judged, strict=True):
+                    record.record(self.step, run.line(self.step) | result)
+            if saves or stopping:
+                self.save()
+
+    def _collect(self, count: int) -> None:
+        before, explorers = self.step, self._explorers()
+        blocks = [
+            run.collect(policy, before, count) for run, policy in zip(self.runs, explorers, strict=True)
+        ]
+        self.step += count
+        self._collected = Collected(blocks, before, self.step)
+
+    def _explorers(self) -> Sequence[Policy | None]:
+        """The policies of the block that starts here; None where actions are random."""
+        if not self.runs[0].explores(self.step):
+            return [None for _ in self.runs]
+        return self.program.explorers(self.state, self.step)
+
+    def _learn(self) -> None:
+        """Ask the device to learn from what was collected; it is not waited for."""
+        assert self._collected is not None
+        blocks, before, step = self._collected
+        due = self._due(before, step)
+        self.state, metrics = self.program.learn(self.state, blocks, due)
+        self._collected, self._learning = None, Learning(metrics, due, step)
+
+    def _due(self, before: int, step: int) -> Due:
+        """What a block of real steps is followed by."""
+        config, fits_model = self.config, self.runs[0].recipe.fits_model
+        return Due.of(
+            rows=step - before,
+            fits=schedule.fits_due(config, step) - schedule.fits_due(config, before) if fits_model else 0,
+            rounds=schedule.rounds_due(config, step) - schedule.rounds_due(config, before),
+            updates=schedule.updates_due(config, step) - schedule.updates_due(config, before),
+        )
+
+    def _read(self) -> None:
+        """Take note of what was learned last, once; nothing before the first update."""
+        learning, self._learning = self._learning, None
+        if learning is None or learning.due.updates == 0:
+            return
+        for run, numbers in zip(self.runs, self.program.numbers(learning.metrics), strict=True):
+            run.note(numbers, learning.step, int(learning.due.fits))
+
+    def _progress(self, records: Sequence[log.RunLog]) -> None:
+        [run], [record] = self.runs, records
+        fields: dict[str, float | str] = {"env": run.spec.name}
+        if run.recent:
+            fields["return"] = run.recent[-1].ret
+        if "model/mse_k1" in run.metrics:
+            fields["model error"] = run.metrics["model/mse_k1"]
+        record.progress(self.step, fields)
+
+    def evaluate(self, records: Sequence[log.RunLog]) -> list[dict[str, float]]:
+        """Try and record every run's deterministic policy."""
+        judged = []
+        for run, policy, record in zip(self.runs, self.program.policies(self.state), records, strict=True):
+            result = run.evaluate(policy, self.step)
+            record.evaluation(self.step, result.returns.tolist(), result.lengths.tolist())
+            judged.append(
+                {
+                    "eval/mean_reward": float(result.returns.mean()),
+                    "eval/std_reward": float(result.returns.std()),
+                    "eval/mean_ep_length": float(np.mean(result.lengths)),
+                }
+            )
+        return judged
+
+    def save(self) -> None:
+        """A checkpoint of every run."""
+        for run, state in zip(self.runs, self.states(), strict=True):
+            run.save(run.folder, state)
