@@ -17,6 +17,7 @@ import worker
 from mve import agents, log, train
 from mve.learner import Learner
 from mve.loop import Interrupt, Loop
+from mve.program import on_host
 from mve.types import Transition
 
 
@@ -32,10 +33,10 @@ class LoopOnly(Loop):
 
 def go_on(learner: Learner, steps: int) -> None:
     """So many environment steps with everything that is due by them."""
-    piece, total = LoopOnly([learner.run], [learner.state]), learner.num_timesteps + steps
+    piece, total = LoopOnly([learner.run], [learner.progress]), learner.num_timesteps + steps
     with log.RunLog(learner.folder, total, quiet=True) as records:
         piece.go_on(total, [records], Interrupt())
-    [learner.state] = piece.states()
+    [learner.progress] = piece.progress()
 
 
 class Arm(NamedTuple):

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mve import checkpoint, config, log
 from mve.config import Config
-from mve.state import Capacity, Recipe, TrainState, initial_state
+from mve.state import Capacity, Progress, Recipe, TrainState, initial_state
+from mve.train import exploration_policy
 from mve.types import Json, UserError
 
 
@@ -67,25 +69,35 @@ def read(folder: Path) -> Described:
     return Described(config.from_json(data), functions)
 
 
-def save(folder: Path, state: TrainState, facts: Json) -> None:
+def save(folder: Path, progress: Progress, facts: Json) -> None:
     """A checkpoint; `facts` are joined by what restoring needs to know of the state's size."""
-    rows = {
+    state = progress.state
+    described = {
         "num_env_steps": int(state.num_env_steps),
         "replay_rows": state.replay.capacity,
         "imagined_rows": state.imagined.capacity if state.imagined else 0,
+        "has_explorer": progress.explorer is not None,
     }
-    checkpoint.save(folder / "checkpoints", _tree(state), rows | facts)
+    checkpoint.save(folder / "checkpoints", _tree(progress), described | facts)
 
 
-def restore(folder: Path, recipe: Recipe) -> tuple[TrainState, Json]:
-    """The newest sound checkpoint's state and facts."""
+def restore(folder: Path, recipe: Recipe) -> tuple[Progress, Json]:
+    """The newest sound checkpoint's progress and facts."""
     newest = checkpoint.latest(folder / "checkpoints")
     held = checkpoint.read_facts(newest) if newest else {}
     rows = Capacity(held.get("replay_rows", 0), held.get("imagined_rows", 0))
-    template = jax.eval_shape(lambda: _tree(initial_state(recipe, rows, 0)))
-    tree, facts = checkpoint.restore(folder / "checkpoints", template)
-    return TrainState(**jax.tree.map(jnp.asarray, tree)), facts
+
+    def template() -> dict[str, Any]:
+        state = initial_state(recipe, rows, 0)
+        acts = held.get("has_explorer", False)
+        return _tree(Progress(state, exploration_policy(state, state.num_env_steps) if acts else None))
+
+    tree, facts = checkpoint.restore(folder / "checkpoints", jax.eval_shape(template))
+    explorer = jax.tree.map(np.asarray, tree.pop("explorer"))
+    return Progress(TrainState(**jax.tree.map(jnp.asarray, tree)), explorer), facts
 
 
-def _tree(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in fields(state)}
+def _tree(progress: Progress) -> dict[str, Any]:
+    """The state's own names, and `explorer`."""
+    state = {field.name: getattr(progress.state, field.name) for field in fields(progress.state)}
+    return state | {"explorer": progress.explorer}

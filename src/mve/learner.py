@@ -24,7 +24,7 @@ from mve.networks import Policy
 from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO
 from mve.program import on_host
 from mve.run import Run
-from mve.state import Recipe, TrainState, grown, initial_state
+from mve.state import Progress, Recipe, TrainState, grown, initial_state
 from mve.types import RewardFn, TerminationFn, UserError
 
 
@@ -65,7 +65,7 @@ class Learner:
             self.run = Run(built, instance, eval_env=eval_env, **functions)
         default = folders.default(self.spec.name, built.algo) / f"seed-{seed}"
         self.folder = Path(run_dir) if run_dir is not None else folders.free(default)
-        self.state: TrainState = initial_state(self.recipe, self.run.capacity(), seed)
+        self.progress = Progress(initial_state(self.recipe, self.run.capacity(), seed))
         self.quiet = quiet
         self._fresh = True
         self._policy: tuple[TrainState, Policy] | None = None
@@ -93,6 +93,15 @@ class Learner:
     @folder.setter
     def folder(self, where: Path) -> None:
         self.run.folder = where
+
+    @property
+    def state(self) -> TrainState:
+        """Everything that training changes."""
+        return self.progress.state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self.progress = self.progress._replace(state=state)
 
     @property
     def num_timesteps(self) -> int:
@@ -150,13 +159,13 @@ class Learner:
         if not self.quiet:
             print(self.describe(), file=sys.stderr)
         total, interrupt = self.config.train.total_steps, Interrupt()
-        loop = Loop([self.run], [self.state])
+        loop = Loop([self.run], [self.progress])
         records = log.RunLog(self.folder, total, quiet=self.quiet)
         try:
             with log.capture_mujoco_warnings(self.folder), records, interrupt.watched():
                 loop.go_on(total, [records], interrupt)
         finally:
-            [self.state] = loop.states()
+            [self.progress] = loop.progress()
         plot.curve([self.folder], self.folder / "curve.png")
         if interrupt.asked:
             raise KeyboardInterrupt
@@ -178,7 +187,7 @@ class Learner:
     def save(self, folder: Path | str) -> None:
         """Configuration and training state, replay included, into a folder that `load` reads."""
         self.run.write_facts(Path(folder))
-        self.run.save(Path(folder), self.state)
+        self.run.save(Path(folder), self.progress)
 
     @classmethod
     def load(
@@ -214,7 +223,7 @@ class Learner:
             learner.run = Run(built, env or host.make(built.env), eval_env=eval_env, **functions)
         learner.folder, learner.quiet = folder, quiet
         learner._fresh, learner._policy = False, None
-        learner.state, facts = folders.restore(folder, learner.recipe)
+        learner.progress, facts = folders.restore(folder, learner.recipe)
         learner.run.stands_at(facts)
         return learner
 

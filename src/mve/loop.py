@@ -1,7 +1,16 @@
 """The loop: real steps and learning in turn, for one run or for several side by side.
 
-act       block k of real steps, with the policy of the state that has learned from blocks 0 .. k-1
-learn     from block k
+State k has learned from blocks 0 .. k-1 of real steps. One iteration, where `train.overlap` is set:
+
+    fetch     the exploration policy of state k; waits until the device has made it
+    learn     ask the device for state k+1, from block k; not waited for
+    act       collect block k+1 with the policy of state k, while the device works
+    read      what learning from block k-1 said
+
+so that the lag is one block, whatever takes how long: results do not depend on timing. Evaluations and
+checkpoints are of the state that has learned from every step so far, and the lag stays what it is across
+them: the policy of state k is fetched before block k is learned from, and goes into the checkpoint. Without
+overlap, block k+1 is collected with the policy of state k+1, as in the algorithms' published listings.
 """
 
 from __future__ import annotations
@@ -19,7 +28,7 @@ from mve import log, schedule
 from mve.networks import Policy
 from mve.program import Alone
 from mve.run import Run
-from mve.state import TrainState
+from mve.state import Progress
 from mve.train import Due
 from mve.types import Metrics, Transition
 
@@ -69,18 +78,21 @@ class Learning(NamedTuple):
 class Loop:
     """Runs whose configurations differ in the seed only, and their training state."""
 
-    def __init__(self, runs: Sequence[Run], states: Sequence[TrainState]):
+    def __init__(self, runs: Sequence[Run], progress: Sequence[Progress]):
         self.runs = list(runs)
         self.config = runs[0].config
         self.program = Alone(runs[0].recipe)
-        self.state = self.program.joined(states)
+        self.state = self.program.joined([each.state for each in progress])
         self.step = int(self.state.num_env_steps)
+        self._explorers: list[Policy | None] = [each.explorer for each in progress]
         self._collected: Collected | None = None
         self._learning: Learning | None = None
 
-    def states(self) -> list[TrainState]:
-        """The state of each run."""
-        return [self.program.part(self.state, i) for i in range(len(self.runs))]
+    def progress(self) -> list[Progress]:
+        """Where each run stands."""
+        return [
+            Progress(self.program.part(self.state, i), explorer) for i, explorer in enumerate(self._explorers)
+        ]
 
     def go_on(self, total: int, records: Sequence[log.RunLog], interrupt: Interrupt) -> None:
         """Up to so many environment steps, or until Ctrl-C; ends with an evaluation and a checkpoint."""
@@ -89,43 +101,56 @@ class Loop:
         stopping = False
         while self.step < total and not stopping:
             before = self.step
+            self._learn()
             self._collect(min(settings.block_steps, total - before))
             stopping = interrupt.asked
+            ends = stopping or self.step == total
             evaluates = schedule.crosses(before, self.step, interval) or self.step == total
-            saves = schedule.crosses(before, self.step, settings.checkpoint_interval) or self.step == total
-            self._learn()
-            self._read()
+            saves = schedule.crosses(before, self.step, settings.checkpoint_interval) or ends
+            if evaluates or saves or not settings.overlap:
+                self._learn()
+                self._read()
             for run, seconds in zip(self.runs, before_start, strict=True):
                 run.seconds = seconds + time.perf_counter() - started
-            self._progress(records)
+            self._show(records)
             judged = self.evaluate(records) if evaluates else [{} for _ in self.runs]
             if evaluates or schedule.crosses(before, self.step, max(interval // 5, 1)):
                 for run, record, result in zip(self.runs, records, judged, strict=True):
                     record.record(self.step, run.line(self.step) | result)
-            if saves or stopping:
+            if saves:
                 self.save()
 
+    def _learn(self) -> None:
+        """Ask the device to learn from what was collected, if that is not done; it is not waited for.
+
+        With overlap the next block is for the policy of the state before: fetched now, for the state is
+        donated. That waits until the device is done with the block before, so that reading is free.
+        """
+        if self._collected is None:
+            return
+        blocks, before, step = self._collected
+        if self.config.train.overlap:
+            self._explorers = self._fetched_explorers()
+        self._read()
+        due = self._due(before, step)
+        self.state, metrics = self.program.learn(self.state, blocks, due)
+        self._collected, self._learning = None, Learning(metrics, due, step)
+
     def _collect(self, count: int) -> None:
-        before, explorers = self.step, self._explorers()
+        before, explorers = self.step, self._explorers
+        if not self.config.train.overlap or explorers[0] is None:
+            explorers = self._fetched_explorers()
         blocks = [
             run.collect(policy, before, count) for run, policy in zip(self.runs, explorers, strict=True)
         ]
         self.step += count
         self._collected = Collected(blocks, before, self.step)
 
-    def _explorers(self) -> Sequence[Policy | None]:
-        """The policies of the block that starts here; None where actions are random."""
+    def _fetched_explorers(self) -> list[Policy | None]:
+        """The state's policies for the block that starts here; None where actions are random."""
         if not self.runs[0].explores(self.step):
             return [None for _ in self.runs]
-        return self.program.explorers(self.state, self.step)
-
-    def _learn(self) -> None:
-        """Ask the device to learn from what was collected; it is not waited for."""
-        assert self._collected is not None
-        blocks, before, step = self._collected
-        due = self._due(before, step)
-        self.state, metrics = self.program.learn(self.state, blocks, due)
-        self._collected, self._learning = None, Learning(metrics, due, step)
+        return [*self.program.explorers(self.state, self.step)]
 
     def _due(self, before: int, step: int) -> Due:
         """What a block of real steps is followed by."""
@@ -145,7 +170,7 @@ class Loop:
         for run, numbers in zip(self.runs, self.program.numbers(learning.metrics), strict=True):
             run.note(numbers, learning.step, int(learning.due.fits))
 
-    def _progress(self, records: Sequence[log.RunLog]) -> None:
+    def _show(self, records: Sequence[log.RunLog]) -> None:
         [run], [record] = self.runs, records
         fields: dict[str, float | str] = {"env": run.spec.name}
         if run.recent:
@@ -171,5 +196,5 @@ class Loop:
 
     def save(self) -> None:
         """A checkpoint of every run."""
-        for run, state in zip(self.runs, self.states(), strict=True):
-            run.save(run.folder, state)
+        for run, progress in zip(self.runs, self.progress(), strict=True):
+            run.save(run.folder, progress)

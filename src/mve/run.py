@@ -24,7 +24,7 @@ from mve.envs.host import HostEnv
 from mve.envs.known import never
 from mve.evaluate import Evaluation, evaluate
 from mve.networks import Policy
-from mve.state import Capacity, Recipe, TrainState
+from mve.state import Capacity, Progress, Recipe
 from mve.types import Json, Known, RewardFn, StepFn, TerminationFn, Transition, UserError
 
 EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
@@ -201,10 +201,10 @@ class Run:
         """What this run is, into a folder."""
         folders.describe(folder, self.config, self.spec.name, self.user_functions)
 
-    def save(self, folder: Path, state: TrainState) -> None:
-        """A checkpoint of this run, whose training state is given, into a folder."""
+    def save(self, folder: Path, progress: Progress) -> None:
+        """A checkpoint of this run, whose progress is given, into a folder."""
         facts = {"num_episodes": self.env.num_episodes, "seconds": self.seconds}
-        folders.save(folder, state, facts)
+        folders.save(folder, progress, facts)
 
     def stands_at(self, facts: Json) -> None:
         """Go on from a checkpoint's facts; the episode that was running there is begun anew."""
