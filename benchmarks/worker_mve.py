@@ -15,6 +15,7 @@ import numpy as np
 import arithmetic
 import worker
 from mve import agents, log, train
+from mve.display import Display
 from mve.learner import Learner
 from mve.loop import Interrupt, Loop
 from mve.program import on_host
@@ -34,8 +35,8 @@ class LoopOnly(Loop):
 def go_on(learner: Learner, steps: int) -> None:
     """So many environment steps with everything that is due by them."""
     piece, total = LoopOnly([learner.run], [learner.progress]), learner.num_timesteps + steps
-    with log.RunLog(learner.folder, total, quiet=True) as records:
-        piece.go_on(total, [records], Interrupt())
+    with log.RunLog(learner.folder) as records:
+        piece.go_on(total, [records], Display(total, quiet=True), Interrupt())
     [learner.progress] = piece.progress()
 
 

@@ -6,6 +6,7 @@ checkpoints   the training state, replay included, and how far the run had come
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from mve.config import Config
 from mve.state import Capacity, Progress, Recipe, TrainState, initial_state
 from mve.train import exploration_policy
 from mve.types import Json, UserError
+
+RUNS = "seed-*/config.json"
 
 
 class Described(NamedTuple):
@@ -36,10 +39,16 @@ def default(name: str, algo: str) -> Path:
 def free(wanted: Path) -> Path:
     """That folder, or the first of NAME-2, NAME-3, ... that holds no run yet."""
     folder, n = wanted, 1
-    while (folder / "config.json").exists():
+    while (folder / "config.json").exists() or seeds_of(folder):
         n += 1
         folder = wanted.with_name(f"{wanted.name}-{n}")
     return folder
+
+
+def seeds_of(folder: Path) -> list[Path]:
+    """The runs in a folder of several seeds, by number."""
+    found = [(re.fullmatch(r"seed-(\d+)", path.parent.name), path.parent) for path in folder.glob(RUNS)]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 def refuse_taken(folder: Path) -> None:

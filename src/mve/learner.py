@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from mve import config, folders, log, plot, schedule, train
 from mve.config import Config
+from mve.display import Display
 from mve.envs import host
 from mve.envs.base import EnvSpec
 from mve.evaluate import Evaluation
@@ -158,17 +160,7 @@ class Learner:
         self.prepare(total_timesteps)
         if not self.quiet:
             print(self.describe(), file=sys.stderr)
-        total, interrupt = self.config.train.total_steps, Interrupt()
-        loop = Loop([self.run], [self.progress])
-        records = log.RunLog(self.folder, total, quiet=self.quiet)
-        try:
-            with log.capture_mujoco_warnings(self.folder), records, interrupt.watched():
-                loop.go_on(total, [records], interrupt)
-        finally:
-            [self.progress] = loop.progress()
-        plot.curve([self.folder], self.folder / "curve.png")
-        if interrupt.asked:
-            raise KeyboardInterrupt
+        go_on([self], self.folder)
         return self
 
     def prepare(self, total_timesteps: int | None) -> None:
@@ -226,6 +218,33 @@ class Learner:
         learner.progress, facts = folders.restore(folder, learner.recipe)
         learner.run.stands_at(facts)
         return learner
+
+
+def go_on(learners: Sequence[Learner], folder: Path) -> None:
+    """Train learners that differ in the seed only, and are prepared, to the end of their budget.
+
+    MuJoCo's warnings and the picture of all curves go to `folder`. Raises KeyboardInterrupt on Ctrl-C, once
+    everything is saved.
+    """
+    total, interrupt = learners[0].config.train.total_steps, Interrupt()
+    display = Display(total, quiet=learners[0].quiet)
+    loop = Loop([each.run for each in learners], [each.progress for each in learners])
+    try:
+        with ExitStack() as held:
+            held.enter_context(log.capture_mujoco_warnings(folder))
+            records = [held.enter_context(log.RunLog(each.folder)) for each in learners]
+            held.enter_context(display)
+            held.enter_context(interrupt.watched())
+            loop.go_on(total, records, display, interrupt)
+    finally:
+        for learner, progress in zip(learners, loop.progress(), strict=True):
+            learner.progress = progress
+    for learner in learners:
+        plot.curve([learner.folder], learner.folder / "curve.png")
+    if len(learners) > 1:
+        plot.curve([each.folder for each in learners], folder / "curve.png")
+    if interrupt.asked:
+        raise KeyboardInterrupt
 
 
 def _default_algo(env: gym.Env) -> str:

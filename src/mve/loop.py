@@ -18,15 +18,17 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mve import log, schedule
+from mve import log, schedule, train
+from mve.display import Display
 from mve.networks import Policy
-from mve.program import Alone
+from mve.program import Alone, Together
 from mve.run import Run
 from mve.state import Progress
 from mve.train import Due
@@ -81,12 +83,14 @@ class Loop:
     def __init__(self, runs: Sequence[Run], progress: Sequence[Progress]):
         self.runs = list(runs)
         self.config = runs[0].config
-        self.program = Alone(runs[0].recipe)
+        recipe = runs[0].recipe  # the others' are the same but for copies of the environment's functions
+        self.program = Alone(recipe) if len(self.runs) == 1 else Together(recipe, len(self.runs))
         self.state = self.program.joined([each.state for each in progress])
         self.step = int(self.state.num_env_steps)
         self._explorers: list[Policy | None] = [each.explorer for each in progress]
         self._collected: Collected | None = None
         self._learning: Learning | None = None
+        self._traces: int | None = None
 
     def progress(self) -> list[Progress]:
         """Where each run stands."""
@@ -94,7 +98,9 @@ class Loop:
             Progress(self.program.part(self.state, i), explorer) for i, explorer in enumerate(self._explorers)
         ]
 
-    def go_on(self, total: int, records: Sequence[log.RunLog], interrupt: Interrupt) -> None:
+    def go_on(
+        self, total: int, records: Sequence[log.RunLog], display: Display, interrupt: Interrupt
+    ) -> None:
         """Up to so many environment steps, or until Ctrl-C; ends with an evaluation and a checkpoint."""
         settings, interval = self.config.train, self.config.evaluate.interval_steps
         started, before_start = time.perf_counter(), [run.seconds for run in self.runs]
@@ -112,8 +118,8 @@ class Loop:
                 self._read()
             for run, seconds in zip(self.runs, before_start, strict=True):
                 run.seconds = seconds + time.perf_counter() - started
-            self._show(records)
-            judged = self.evaluate(records) if evaluates else [{} for _ in self.runs]
+            display.progress(self.step, self._shown())
+            judged = self.evaluate(records, display) if evaluates else [{} for _ in self.runs]
             if evaluates or schedule.crosses(before, self.step, max(interval // 5, 1)):
                 for run, record, result in zip(self.runs, records, judged, strict=True):
                     record.record(self.step, run.line(self.step) | result)
@@ -135,6 +141,18 @@ class Loop:
         due = self._due(before, step)
         self.state, metrics = self.program.learn(self.state, blocks, due)
         self._collected, self._learning = None, Learning(metrics, due, step)
+        self._check_traces()
+
+    def _check_traces(self) -> None:
+        """Compiling again costs a minute here and there, which nobody would notice otherwise."""
+        traces = train.traces[self.program.recipe]
+        if self._traces not in (None, traces):
+            warnings.warn(
+                f"learning was compiled again at step {self.step}: a defect of mve",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._traces = traces
 
     def _collect(self, count: int) -> None:
         before, explorers = self.step, self._explorers
@@ -170,18 +188,19 @@ class Loop:
         for run, numbers in zip(self.runs, self.program.numbers(learning.metrics), strict=True):
             run.note(numbers, learning.step, int(learning.due.fits))
 
-    def _show(self, records: Sequence[log.RunLog]) -> None:
-        [run], [record] = self.runs, records
-        fields: dict[str, float | str] = {"env": run.spec.name}
-        if run.recent:
-            fields["return"] = run.recent[-1].ret
-        if "model/mse_k1" in run.metrics:
-            fields["model error"] = run.metrics["model/mse_k1"]
-        record.progress(self.step, fields)
+    def _shown(self) -> dict[str, float | str]:
+        """Means over the runs, of what every one of them knows."""
+        name, count = self.runs[0].spec.name, len(self.runs)
+        fields: dict[str, float | str] = {"env": name if count == 1 else f"{name}, {count} seeds"}
+        if all(run.recent for run in self.runs):
+            fields["return"] = float(np.mean([run.recent[-1].ret for run in self.runs]))
+        if all("model/mse_k1" in run.metrics for run in self.runs):
+            fields["model error"] = float(np.mean([run.metrics["model/mse_k1"] for run in self.runs]))
+        return fields
 
-    def evaluate(self, records: Sequence[log.RunLog]) -> list[dict[str, float]]:
-        """Try and record every run's deterministic policy."""
-        judged = []
+    def evaluate(self, records: Sequence[log.RunLog], display: Display) -> list[dict[str, float]]:
+        """Try and record every run's deterministic policy; shown are one's episodes, or every seed's mean."""
+        judged, shown = [], []
         for run, policy, record in zip(self.runs, self.program.policies(self.state), records, strict=True):
             result = run.evaluate(policy, self.step)
             record.evaluation(self.step, result.returns.tolist(), result.lengths.tolist())
@@ -192,6 +211,8 @@ class Loop:
                     "eval/mean_ep_length": float(np.mean(result.lengths)),
                 }
             )
+            shown.append(result.returns)
+        display.evaluation(self.step, shown[0] if len(shown) == 1 else [returns.mean() for returns in shown])
         return judged
 
     def save(self) -> None:

@@ -6,6 +6,7 @@ judge -> remember -> fit -> branch -> update_step ...      learn, once per block
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -36,6 +37,7 @@ from mve.types import (
 State = TypeVar("State")
 
 LEARN, ACT = 0, 1  # the streams of random draws that start from a run's root key
+traces: Counter[Recipe] = Counter()  # how often `learn_block` has been traced: once a run, or it is slow
 ERROR_DEPTHS = (1, 3, 5)  # steps of the open-loop model error that is logged
 
 
@@ -127,13 +129,13 @@ def calibrate(state: TrainState, block: Transition, num_rows: Array, recipe: Rec
     return calibration.observe(state.calibration, seen, recipe.targets.calibration_decay)
 
 
-@partial(jax.jit, static_argnames="recipe", donate_argnames="state")
-def learn(state: TrainState, block: Transition, due: Due, recipe: Recipe) -> tuple[TrainState, Metrics]:
+def learn_block(state: TrainState, block: Transition, due: Due, recipe: Recipe) -> tuple[TrainState, Metrics]:
     """Judge the model on a block of real steps, remember it, then fit, imagine and update so many times.
 
     The counts are traced, not static: the block that only remembers, the first fit and the steady state
-    are one compilation. Metrics are means over the repetitions; `state` is donated.
+    are one compilation. Metrics are means over the repetitions.
     """
+    traces[recipe] += 1  # Python runs while JAX traces, and only then
     keys = jax.random.split(_key_of_step(state, LEARN, state.num_env_steps), 4)
     fit_key, branch_key, update_key, replay_key = keys
     metrics: Metrics = {}
@@ -165,6 +167,10 @@ def learn(state: TrainState, block: Transition, due: Due, recipe: Recipe) -> tup
 
     state = replace(state, agent=agent, num_env_steps=state.num_env_steps + due.rows)
     return state, metrics | update_metrics
+
+
+# `learn_block` compiled; the state is donated.
+learn = jax.jit(learn_block, static_argnames="recipe", donate_argnames="state")
 
 
 def _repeat(
