@@ -22,7 +22,7 @@ def _layers(net: Any) -> list[tuple[int, int]]:
 
 def sizes_of(learner: Learner) -> products.Sizes:
     """What the hand count depends on; ValueError for what it does not know."""
-    recipe, state = learner._recipe, learner._state
+    recipe, state = learner.recipe, learner.state
     if recipe.agent.action_layer or recipe.agent.model_steps or recipe.targets.keeps_members:
         raise ValueError("no hand count for these settings")
     sizes = products.Sizes(
@@ -59,10 +59,10 @@ def count_flops(learner: Learner) -> dict:
     hand = products.flops(products.sac_update(sizes_of(learner)))
 
     def one_update(state: train.TrainState) -> agents.Agent:  # a new function: traced anew, with the patch
-        return train.update_step(state, learner._recipe, jax.random.clone(state.key))[0]
+        return train.update_step(state, learner.recipe, jax.random.clone(state.key))[0]
 
     with _straight_line_scans():
-        lowered = jax.jit(one_update).lower(learner._state)
+        lowered = jax.jit(one_update).lower(learner.state)
     compiled = lowered.compile()
     return {
         "flops_hand": hand,

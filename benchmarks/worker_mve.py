@@ -15,30 +15,35 @@ import numpy as np
 import arithmetic
 import worker
 from mve import agents, log, train
+from mve.display import Display
 from mve.learner import Learner
+from mve.loop import Interrupt, Loop
+from mve.program import on_host
 from mve.types import Transition
 
 
-class LoopOnly(Learner):
-    """A learner whose loop can be run piecewise: no evaluations and no checkpoints."""
+class LoopOnly(Loop):
+    """The loop run piecewise: no evaluations and no checkpoints."""
 
-    def _judge(self, *_: Any) -> dict[str, float]:
-        return {}
+    def evaluate(self, *_: Any) -> list[dict[str, float]]:
+        return [{} for _ in self.runs]
 
-    def _save(self, *_: Any) -> None:
+    def save(self) -> None:
         return None
 
-    def go_on(self, steps: int) -> None:
-        """So many environment steps with everything that is due by them."""
-        total = self.num_timesteps + steps
-        with log.RunLog(self.folder, total, quiet=True) as records:
-            self._loop(records, total)
+
+def go_on(learner: Learner, steps: int) -> None:
+    """So many environment steps with everything that is due by them."""
+    piece, total = LoopOnly([learner.run], [learner.progress]), learner.num_timesteps + steps
+    with log.RunLog(learner.folder) as records:
+        piece.go_on(total, [records], Display(total, quiet=True), Interrupt())
+    [learner.progress] = piece.progress()
 
 
 class Arm(NamedTuple):
     """What is measured under one name."""
 
-    learner: LoopOnly
+    learner: Learner
     folder: tempfile.TemporaryDirectory
 
 
@@ -49,8 +54,8 @@ def build(name: str, algo: str, task: str, settings: list[str], fill: int) -> di
     """A learner with `fill` random transitions in its replay; compiles the training call."""
     folder = tempfile.TemporaryDirectory()
     settings = [*settings, f"train.learning_starts={fill}", f"dynamics.learning_starts={fill}"]
-    learner = LoopOnly(task, algo, settings=settings, run_dir=Path(folder.name) / "run", quiet=True)
-    learner.go_on(fill)
+    learner = Learner(task, algo, settings=settings, run_dir=Path(folder.name) / "run", quiet=True)
+    go_on(learner, fill)
     arms[name] = Arm(learner, folder)
     return {"settings": settings, "describe": learner.describe()}
 
@@ -60,12 +65,12 @@ def loop(name: str, steps: int) -> dict:
     learner = arms[name].learner
 
     def work() -> dict:
-        before, updates = learner.num_timesteps, int(learner._state.agent.num_updates)
-        learner.go_on(steps)
-        jax.block_until_ready(learner._state)
+        before, updates = learner.num_timesteps, int(learner.state.agent.num_updates)
+        go_on(learner, steps)
+        jax.block_until_ready(learner.state)
         return {
             "env_steps": learner.num_timesteps - before,
-            "updates": int(learner._state.agent.num_updates) - updates,
+            "updates": int(learner.state.agent.num_updates) - updates,
         }
 
     return worker.timed(work)
@@ -74,15 +79,15 @@ def loop(name: str, steps: int) -> dict:
 def learn(name: str, updates: int = 0, fits: int = 0, rounds: int = 0) -> dict:
     """One call of `train.learn` on a block without rows: so many updates, fits, rounds of rollouts."""
     learner = arms[name].learner
-    state, recipe = learner._state, learner._recipe
+    state, recipe = learner.state, learner.recipe
     nothing = jax.tree.map(
         lambda x: np.zeros((learner.config.train.block_steps, *x.shape[1:]), x.dtype), state.replay.rows
     )
     due = train.Due.of(rows=0, updates=updates, fits=fits, rounds=rounds)
 
     def work() -> dict:
-        learner._state, _ = train.learn(state, Transition(*nothing), due, recipe)
-        jax.block_until_ready(learner._state)
+        learner.state, _ = train.learn(state, Transition(*nothing), due, recipe)
+        jax.block_until_ready(learner.state)
         return {"updates": updates, "fits": fits, "rounds": rounds}
 
     return worker.timed(work)
@@ -93,9 +98,10 @@ def collect(name: str, steps: int) -> dict:
     learner = arms[name].learner
 
     def work() -> dict:
-        block = learner.config.train.block_steps
+        block, step = learner.config.train.block_steps, learner.num_timesteps
         for _ in range(-(-steps // block)):
-            learner._env.collect(learner._acting(learner.num_timesteps), block)
+            policy = on_host(train.exploration_policy(learner.state, np.int32(step)))
+            learner.run.collect(policy, step, block)
         return {"env_steps": -(-steps // block) * block}
 
     return worker.timed(work)
@@ -127,16 +133,16 @@ def _updates_of_all(states: train.TrainState, times: jax.Array, recipe: train.Re
     return jax.lax.fori_loop(0, times, body, states.agent)
 
 
-def _with_seed(learner: LoopOnly, seed: int) -> train.TrainState:
-    recipe, key = learner._recipe, jax.random.key(seed)
+def _with_seed(learner: Learner, seed: int) -> train.TrainState:
+    recipe, key = learner.recipe, jax.random.key(seed)
     agent = agents.init(recipe.agent, recipe.obs_size, recipe.action_size, jax.random.fold_in(key, 1))
-    return replace(learner._state, agent=agent, key=key)
+    return replace(learner.state, agent=agent, key=key)
 
 
 def seeds(name: str, count: int, together: bool, updates: int) -> dict:
     """So many updates of each of `count` seeds: in one program, or one seed after the other."""
     learner = arms[name].learner
-    states, recipe = [_with_seed(learner, seed) for seed in range(count)], learner._recipe
+    states, recipe = [_with_seed(learner, seed) for seed in range(count)], learner.recipe
     times = jnp.int32(updates)
     if together:
         stacked = jax.block_until_ready(jax.tree.map(lambda *x: jnp.stack(x), *states))
@@ -178,14 +184,14 @@ def bare_products(name: str, updates: int) -> dict:
 def facts(name: str) -> dict:
     """Sizes that the sums on paper need."""
     learner = arms[name].learner
-    state = learner._state
+    state = learner.state
     nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree) if hasattr(x, "nbytes"))  # noqa: E731
     return {
         "transition_bytes": nbytes(state.replay.rows) / state.replay.capacity,
-        "policy_bytes": nbytes(learner._host_policy()),
+        "policy_bytes": nbytes(learner.policy()),
         "batch": learner.config.agent.batch_size,
         "updates_per_step": learner.config.train.updates_per_step,
-        "control_hz": 1.0 / learner._instance.unwrapped.dt,
+        "control_hz": 1.0 / learner.run.instance.unwrapped.dt,
         "capacity_rows": state.replay.capacity,
     }
 

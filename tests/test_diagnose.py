@@ -325,12 +325,12 @@ TINY = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that remembers sixty random steps and has learned nothing: no compilation to wait for."""
     learner = Learner("Pendulum-v1", settings=TINY, quiet=True)
-    rng, state = np.random.default_rng(0), learner._state
-    block, _ = learner._env.collect(lambda obs: rng.uniform(-1, 1, 1), 60)
+    rng, state = np.random.default_rng(0), learner.state
+    block, _ = learner.run.env.collect(lambda obs: rng.uniform(-1, 1, 1), 60)
     rows, num_rows = jax.tree.map(jnp.asarray, block), jnp.int32(60)
     assert state.model is not None
     model = dynamics.observe(state.model, rows, num_rows, learner.config.dynamics)
-    learner._state = eqx.tree_at(
+    learner.state = eqx.tree_at(
         lambda s: (s.replay, s.model, s.num_env_steps),
         state,
         (replay.add(state.replay, rows, jnp.ones(60, bool)), model, num_rows),
@@ -420,11 +420,11 @@ def remembering(capacity: int, lengths: Sequence[int], ended: bool, tmp_path: Pa
         step=np.arange(1, len(time) + 1, dtype=np.int32),
         log_density=zeros,
     )  # pyright: ignore[reportArgumentType]
-    memory, rows = learner._state.replay, jax.tree.map(jnp.asarray, rows)
+    memory, rows = learner.state.replay, jax.tree.map(jnp.asarray, rows)
     for start in range(0, len(time), capacity):
         block = jax.tree.map(lambda x, start=start: x[start : start + capacity], rows)
         memory = replay.add(memory, block, jnp.ones(len(block.reward), bool))
-    learner._state = eqx.tree_at(lambda s: s.replay, learner._state, memory)
+    learner.state = eqx.tree_at(lambda s: s.replay, learner.state, memory)
     return learner
 
 
@@ -474,15 +474,15 @@ def test_a_replay_without_steps_is_refused(tmp_path: Path) -> None:
 def test_weights_that_differ_by_state_are_reported_as_their_mean(estimator: str) -> None:
     settings = [*TINY, f"targets.estimator={estimator}", "targets.horizon_steps=2"]
     learner = Learner("Pendulum-v1", settings=settings, quiet=True)
-    state = learner._state
+    state = learner.state
     assert state.model is not None
-    block, _ = learner._env.collect(lambda obs: np.zeros(1), 40)
+    block, _ = learner.run.env.collect(lambda obs: np.zeros(1), 40)
     model = dynamics.observe(
         state.model, jax.tree.map(jnp.asarray, block), jnp.int32(40), learner.config.dynamics
     )
     rows, starts = jax.tree.map(jnp.asarray, block), jnp.arange(30)
     got = measure.estimated_targets(
-        eqx.tree_at(lambda s: s.model, state, model), learner._recipe, rows, starts
+        eqx.tree_at(lambda s: s.model, state, model), learner.recipe, rows, starts
     )
     assert got.value.shape == (30,)
     np.testing.assert_allclose(got.horizon_weight.sum(), 1.0, rtol=1e-5)
@@ -494,9 +494,9 @@ def test_retrace_is_judged_on_what_was_played() -> None:
     """By the target policy itself: its traces are lambda, cut short where the episode is."""
     settings = ["targets.estimator=retrace", "targets.horizon_steps=2", "targets.trace_decay=0.5"]
     learner = Learner("Pendulum-v1", "sac", settings=[*settings, "agent.hidden=[16]"], quiet=True)
-    block, _ = learner._env.collect(lambda obs: np.zeros(1), 5)
+    block, _ = learner.run.env.collect(lambda obs: np.zeros(1), 5)
     rows = jax.tree.map(jnp.asarray, block)
-    got = measure.estimated_targets(learner._state, learner._recipe, rows, jnp.array([0, 3, 4]))
+    got = measure.estimated_targets(learner.state, learner.recipe, rows, jnp.array([0, 3, 4]))
     # From steps 0, 3 and 4: two steps follow, one, none.
     np.testing.assert_allclose(got.horizon_weight, [(0.5 + 0.5 + 1) / 3, (0.25 + 0.5) / 3, 0.25 / 3])
 

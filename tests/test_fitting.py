@@ -233,7 +233,7 @@ def test_a_run_with_all_of_it_compiles_once_and_logs_the_last_fit_in_every_recor
     train.learn.clear_cache()
     learner = Learner(Slide(), run_dir=tmp_path / "run", settings=settings, quiet=True).learn(220)
     assert train.learn._cache_size() == 1
-    model = learner._state.model
+    model = learner.state.model
     assert model is not None
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(model.nets))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -244,7 +244,7 @@ def test_a_run_with_all_of_it_compiles_once_and_logs_the_last_fit_in_every_recor
         assert np.isfinite([record["model/loss"], record["model/holdout"]]).all()
     assert len({record["model/loss"] for record in records}) == 4
     again = Learner.load(tmp_path / "run", Slide())
-    assert same(again._state.model, model)
+    assert same(again.state.model, model)
 
 
 # --- When fits are due, and settings that contradict each other ---

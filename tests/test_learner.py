@@ -70,7 +70,7 @@ def test_predict_answers_in_the_environments_own_units(learner: Learner) -> None
     action, state = learner.predict(np.zeros(2), deterministic=True)
     assert state is None
     assert action.shape == (1,)
-    assert learner._env._env.action_space.contains(action)
+    assert learner.run.env._env.action_space.contains(action)
     batch, _ = learner.predict(np.zeros((5, 2)))
     np.testing.assert_allclose(batch, np.repeat(action[None], 5, 0), atol=1e-6)
 
@@ -113,15 +113,15 @@ def test_an_evaluation_depends_on_policy_seed_and_step_only(learner: Learner) ->
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(learner: Learner, tmp_path: Path) -> None:
     again = Learner(Slide(), run_dir=tmp_path / "a", settings=SMALL, quiet=True).learn(220)
-    assert eqx.tree_equal(learner._state.agent, again._state.agent)
+    assert eqx.tree_equal(learner.state.agent, again.state.agent)
     other = Learner(Slide(), run_dir=tmp_path / "b", settings=SMALL, quiet=True, seed=1).learn(220)
-    assert not eqx.tree_equal(learner._state.agent, other._state.agent)
+    assert not eqx.tree_equal(learner.state.agent, other.state.agent)
 
 
 def test_a_loaded_learner_predicts_the_same_and_learns_on(learner: Learner, tmp_path: Path) -> None:
     learner.save(tmp_path / "saved")
     loaded = Learner.load(tmp_path / "saved", Slide(), quiet=True)
-    assert eqx.tree_equal(learner._state, loaded._state)
+    assert eqx.tree_equal(learner.state, loaded.state)
     obs = np.array([0.3, -0.2])
     np.testing.assert_array_equal(learner.predict(obs)[0], loaded.predict(obs)[0])
     assert loaded.learn(50).num_timesteps == 270
@@ -165,7 +165,7 @@ def test_an_evaluation_leaves_nothing_in_the_current_folder(
 def test_an_evaluation_environment_that_is_given_is_used() -> None:
     given = gym.make("Pendulum-v1", g=5.0)
     learner = Learner("Pendulum-v1", settings=SMALL, eval_env=given)
-    assert learner._another_env().unwrapped.g == 5.0  # pyright: ignore
+    assert learner.run.another_env().unwrapped.g == 5.0  # pyright: ignore
 
 
 def test_your_own_functions_are_used_and_asked_for_again(tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_your_own_functions_are_used_and_asked_for_again(tmp_path: Path) -> None
         return -jnp.sum(jnp.abs(next_obs), axis=-1)
 
     mine = Learner(Slide(), run_dir=tmp_path / "run", settings=SMALL, reward_fn=reward, quiet=True).learn(80)
-    assert mine._recipe.known.reward is not None
-    assert mine._recipe.known.termination is None
+    assert mine.recipe.known.reward is not None
+    assert mine.recipe.known.termination is None
     with pytest.raises(UserError, match="reward function"):
         Learner.load(tmp_path / "run", Slide())
     Learner.load(tmp_path / "run", Slide(), reward_fn=reward)
@@ -205,7 +205,7 @@ def test_an_agent_may_not_start_before_its_model(tmp_path: Path) -> None:
 def test_retrace_remembers_how_likely_each_action_was(tmp_path: Path) -> None:
     settings = [*SMALL, "targets.estimator=retrace"]
     learner = Learner(Slide(), "sac", run_dir=tmp_path / "run", settings=settings, quiet=True).learn(80)
-    log_density = np.asarray(learner._state.replay.rows.log_density)[:80]
+    log_density = np.asarray(learner.state.replay.rows.log_density)[:80]
     warmup, later = log_density[:60], log_density[60:]
     np.testing.assert_allclose(warmup, -np.log(2.0), rtol=1e-6)
     assert np.isfinite(later).all()
@@ -213,16 +213,16 @@ def test_retrace_remembers_how_likely_each_action_was(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (learner.folder / "metrics.jsonl").read_text().splitlines()]
     assert set().union(*records) >= {f"mve/weight_k{k}" for k in range(4)}
     loaded = Learner.load(learner.folder, Slide(), quiet=True)
-    assert eqx.tree_equal(learner._state, loaded._state)
+    assert eqx.tree_equal(learner.state, loaded.state)
 
 
 def test_calibration_goes_into_the_checkpoint_and_the_log(tmp_path: Path) -> None:
     settings = [*SMALL, "targets.estimator=calibrated", "targets.horizon_steps=2"]
     learner = Learner(Slide(), run_dir=tmp_path / "run", settings=settings, quiet=True).learn(140)
     loaded = Learner.load(learner.folder, Slide(), quiet=True)
-    assert learner._state.calibration is not None
-    assert float(learner._state.calibration.count[1]) > 20
-    assert eqx.tree_equal(learner._state, loaded._state)
+    assert learner.state.calibration is not None
+    assert float(learner.state.calibration.count[1]) > 20
+    assert eqx.tree_equal(learner.state, loaded.state)
     records = [json.loads(line) for line in (learner.folder / "metrics.jsonl").read_text().splitlines()]
     assert set().union(*records) >= {"mve/weight_k2", "mve/critic_rmse", "mve/imagined_rmse_k2"}
 

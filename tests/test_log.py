@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mve import log
+from mve import display, log
+from mve.display import Display
 from mve.log import RunLog
 from mve.types import UserError
 
 
 def write_run(folder: Path, steps: tuple[int, ...] = (10, 20), quiet: bool = True) -> None:
-    with RunLog(folder, 100, quiet=quiet) as run:
+    with RunLog(folder) as run, Display(100, quiet=quiet) as shown:
         for step in steps:
             run.record(step, {"model/loss": step / 8, "train/count": np.int64(step)})
-            run.progress(step, {"env": "Task-v0", "model error": 0.1234567})
+            shown.progress(step, {"env": "Task-v0", "model error": 0.1234567})
             run.evaluation(step, [step + 0.5, step + 1.5], [3, 4])
+            shown.evaluation(step, [step + 0.5, step + 1.5])
 
 
 def test_what_is_recorded_is_what_is_read(tmp_path: Path) -> None:
@@ -41,14 +43,14 @@ def test_what_is_recorded_is_what_is_read(tmp_path: Path) -> None:
 
 
 def test_records_are_on_disk_before_the_run_ends(tmp_path: Path) -> None:
-    with RunLog(tmp_path, 100, quiet=True) as run:
+    with RunLog(tmp_path) as run:
         run.record(1, {"x": 2.0})
         assert (tmp_path / "metrics.jsonl").read_text() == '{"time/total_timesteps": 1, "x": 2.0}\n'
         assert len(log.read_evaluations(tmp_path)["step"]) == 0
 
 
 def test_what_is_not_finite_is_recorded_as_null(tmp_path: Path) -> None:
-    with RunLog(tmp_path, 100, quiet=True) as run:
+    with RunLog(tmp_path) as run:
         run.record(1, {"a": math.nan, "b": math.inf, "c": np.float32(0.1)})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
         **{"time/total_timesteps": 1, "a": None, "b": None},
@@ -58,7 +60,7 @@ def test_what_is_not_finite_is_recorded_as_null(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_starts_late_is_missing_before(tmp_path: Path) -> None:
-    with RunLog(tmp_path, 100, quiet=True) as run:
+    with RunLog(tmp_path) as run:
         run.record(1, {})
         run.record(2, {"late": 5})
     np.testing.assert_array_equal(log.read_metrics(tmp_path)["late"], [np.nan, 5.0])
@@ -103,7 +105,9 @@ def test_quiet_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_on_a_terminal_one_live_line_shows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(log, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(
+        display, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=120)
+    )
     write_run(tmp_path, quiet=False)
     for shown in ("Task-v0", "20/100", "evaluation 21", "model error 0.123", "steps/s", "left"):
         assert shown in screen.getvalue()

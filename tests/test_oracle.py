@@ -348,16 +348,16 @@ def learner(tmp_path_factory: pytest.TempPathFactory) -> Learner:
 
 
 def test_a_run_in_the_simulator_fits_no_model_and_learns(learner: Learner) -> None:
-    assert learner._state.model is None
+    assert learner.state.model is None
     assert "in the true simulator" in learner.describe()
-    assert learner._env._env.num_steps == 120  # of its own: imagined steps are taken in a copy
-    start = initial_state(learner._recipe, Capacity(1), 0).agent
-    assert not eqx.tree_equal(start, learner._state.agent)
+    assert learner.run.env._env.num_steps == 120  # of its own: imagined steps are taken in a copy
+    start = initial_state(learner.recipe, Capacity(1), 0).agent
+    assert not eqx.tree_equal(start, learner.state.agent)
 
 
 def test_such_a_run_goes_on_from_its_folder(learner: Learner) -> None:
     loaded = Learner.load(learner.folder, Settable(linear_system()), quiet=True)
-    assert eqx.tree_equal(loaded._state, learner._state)
+    assert eqx.tree_equal(loaded.state, learner.state)
     assert loaded.learn(20).num_timesteps == 140
     assert np.isfinite(loaded.evaluate(2).returns).all()
 
@@ -379,7 +379,7 @@ class Forgetful(Settable):
 def test_a_horizon_of_zero_asks_for_no_simulator() -> None:
     settings = [*TINY, "targets.horizon_steps=0"]
     env = Forgetful(linear_system())  # which cannot be set
-    assert Learner(env, "mve-ddpg", settings=settings, quiet=True)._recipe.simulator is None
+    assert Learner(env, "mve-ddpg", settings=settings, quiet=True).recipe.simulator is None
 
 
 def wrapped(env: gym.Env) -> gym.Env:

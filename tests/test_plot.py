@@ -12,7 +12,7 @@ from mve import log, plot
 def write_run(
     folder: Path, task: str, algo: str, seed: int, model: bool, points: int = 3, horizon: int = 3
 ) -> Path:
-    with log.RunLog(folder, points, quiet=True) as records:
+    with log.RunLog(folder) as records:
         for step in range(1, points + 1):
             errors = {f"model/mse_k{k}": k / step for k in (1, 3)} if model else {}
             records.record(step, {"train/critic_loss": 1.0, **errors})

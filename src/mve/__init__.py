@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mve.learner import Learner
+    from mve.seeds import resume_seeds, train_seeds
     from mve.types import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Learner", "UserError", "__version__"]
+__all__ = ["Learner", "UserError", "__version__", "resume_seeds", "train_seeds"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from mve.types import UserError
 
         return UserError
+    if name in ("train_seeds", "resume_seeds"):
+        from mve import seeds
+
+        return getattr(seeds, name)
     raise AttributeError(f"module 'mve' has no attribute {name!r}")

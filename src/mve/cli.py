@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mve.learner import Learner
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+MOST_SEEDS = 1000  # in one program
 DESCRIPTION = "Sample-efficient reinforcement learning by model-based value expansion."
 
 Folder = Annotated[Positional[Path], arg(metavar="RUN")]
@@ -39,7 +41,7 @@ Settings = Annotated[UseAppendAction[list[list[str]]], arg(name="set", metavar="
 
 @dataclass(frozen=True)
 class Train:
-    """Train a policy: one task, one algorithm, one seed, one folder."""
+    """Train a policy: one task, one algorithm, one seed or several, one folder."""
 
     env: Annotated[Positional[str], arg(metavar="ENV")]
     """Gymnasium id, such as Pendulum-v1 or HalfCheetah-v5."""
@@ -47,10 +49,12 @@ class Train:
     """One of those that `mve list` shows; mve-sac if not given, mve-dqn for discrete actions."""
     steps: Steps = None
     """Environment steps; 25 full-length episodes if not given."""
-    seed: int = 0
-    """Decides everything that is drawn at random."""
+    seed: Annotated[int | None, arg(metavar="S", help_behavior_hint="")] = None
+    """Decides everything that is drawn at random; 0 if not given."""
+    seeds: Annotated[str | None, arg(metavar="A..B", help_behavior_hint="")] = None
+    """Several seeds, such as 0..7 or 0,3,5, trained side by side in one program; each has a folder seed-S."""
     run_dir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
-    """Folder of the run; runs/ENV/ALGO/seed-S if not given."""
+    """Folder of the run; runs/ENV/ALGO/seed-S, or seeds-A-B, if not given."""
     settings: Settings = dataclasses.field(default_factory=list)
     """Any setting of config.json; several may follow."""
     reward: FunctionPath = None
@@ -62,22 +66,26 @@ class Train:
 
     def run(self) -> int:
         from mve.learner import Learner
+        from mve.seeds import create
+        from mve.types import UserError
 
+        if self.seed is not None and self.seeds is not None:
+            raise UserError("--seed and --seeds exclude each other; give one of them")
+        seeds = None if self.seeds is None else _seeds(self.seeds)
         settings = _joined(self.settings)
         if self.steps is not None:
             # Not left to learn(): memory and the spacing of evaluations follow from the budget.
             settings.append(f"train.total_steps={_at_least_one('--steps', self.steps)}")
-        learner = Learner(
-            self.env,
-            self.algo,
-            seed=self.seed,
-            run_dir=self.run_dir,
-            settings=settings,
-            reward_fn=_function("reward", self.reward),
-            termination_fn=_function("termination", self.termination),
-            quiet=self.quiet,
-        )
-        return _learn(learner, None)
+        given: dict[str, Any] = {
+            "run_dir": self.run_dir,
+            "settings": settings,
+            "reward_fn": _function("reward", self.reward),
+            "termination_fn": _function("termination", self.termination),
+            "quiet": self.quiet,
+        }
+        if seeds is None:
+            return _learn(Learner(self.env, self.algo, seed=self.seed or 0, **given), None)
+        return _learn_together(create(self.env, self.algo, seeds=seeds, **given), None)
 
 
 @dataclass(frozen=True)
@@ -148,11 +156,24 @@ class Resume(OnRun):
         from mve.types import UserError
 
         steps = None if self.steps is None else _at_least_one("--steps", self.steps)
-        learner = self.load(quiet=self.quiet)
-        if steps is None and learner.num_timesteps >= learner.config.train.total_steps:
-            done = learner.num_timesteps
+        if not (self.run_folder / "config.json").exists() and any(self.run_folder.glob("seed-*/config.json")):
+            learners = self._load_seeds()
+        else:
+            learners = [self.load(quiet=self.quiet)]
+        done = learners[0].num_timesteps
+        if steps is None and done >= learners[0].config.train.total_steps:
             raise UserError(f"{self.run_folder} has had all of its {done} steps; --steps N trains for N more")
-        return _learn(learner, steps)
+        return _learn(learners[0], steps) if len(learners) == 1 else _learn_together(learners, steps)
+
+    def _load_seeds(self) -> list[Learner]:
+        from mve.seeds import load
+
+        return load(
+            self.run_folder,
+            reward_fn=_function("reward", self.reward),
+            termination_fn=_function("termination", self.termination),
+            quiet=self.quiet,
+        )
 
 
 @dataclass(frozen=True)
@@ -320,21 +341,69 @@ def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
 
 def _learn(learner: Learner, steps: int | None) -> int:
     """Train, then say what came of it and where it lies."""
+    with _saying_how_to_go_on(learner.folder, learner.folder):
+        learner.learn(steps)
+    returns = _last_returns(learner.folder)
+    if returns:
+        print(f"evaluation   {_spread(returns)}")
+    _print_places(learner.folder)
+    return 0
+
+
+def _learn_together(learners: list[Learner], steps: int | None) -> int:
+    """The same for several seeds: what came of it is the spread of their means."""
+    from mve.seeds import learn_together
+
+    folder = learners[0].folder.parent
+    with _saying_how_to_go_on(folder, learners[-1].folder):
+        learn_together(learners, steps)
+    found = [_last_returns(learner.folder) for learner in learners]
+    if all(found):
+        means = [sum(returns) / len(returns) for returns in found]
+        print(f"evaluation   {_spread(means, 'seed')}")
+    _print_places(folder)
+    return 0
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on(folder: Path, saved_last: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (saved_last / "checkpoints").is_dir():
+            print(f"mve: stopped and saved; go on with: mve resume {folder}", file=sys.stderr)
+        raise
+
+
+def _last_returns(folder: Path) -> list[float]:
+    """Of the episodes of a run's last evaluation."""
     from mve.log import read_evaluations
 
-    try:
-        learner.learn(steps)
-    except KeyboardInterrupt:
-        if (learner.folder / "checkpoints").is_dir():
-            print(f"mve: stopped and saved; go on with: mve resume {learner.folder}", file=sys.stderr)
-        raise
-    rows = read_evaluations(learner.folder)
-    last = rows["step"] == rows["step"].max(initial=0)
-    if last.any():
-        print(f"evaluation   {_spread(rows['return'][last].tolist())}")
-    print(f"run folder   {learner.folder}")
-    print(f"curve        {learner.folder / 'curve.png'}")
-    return 0
+    rows = read_evaluations(folder)
+    return rows["return"][rows["step"] == rows["step"].max(initial=0)].tolist()
+
+
+def _print_places(folder: Path) -> None:
+    print(f"run folder   {folder}")
+    print(f"curve        {folder / 'curve.png'}")
+
+
+def _seeds(text: str) -> list[int]:
+    """Those that 0..7 or 0,3,5 stand for."""
+    from mve.types import UserError
+
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,10})(?:\.\.(\d{1,10}))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not 0 <= last - first < MOST_SEEDS:
+            raise UserError(
+                f"--seeds {text}: write 0..7 or 0,3,5, from the lower to the higher, {MOST_SEEDS} at most"
+            )
+        seeds += range(first, last + 1)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {text}: a seed is there twice")
+    return seeds
 
 
 def _joined(settings: list[list[str]]) -> list[str]:
@@ -350,10 +419,10 @@ def _at_least_one(flag: str, number: int) -> int:
     return number
 
 
-def _spread(returns: list[float]) -> str:
+def _spread(returns: list[float], of: str = "episode") -> str:
     import numpy as np
 
-    count = f"{len(returns)} episode{'s' * (len(returns) != 1)}"
+    count = f"{len(returns)} {of}{'s' * (len(returns) != 1)}"
     span = f"{min(returns):.1f} to {max(returns):.1f}"
     return f"{np.mean(returns):.1f} ± {np.std(returns):.1f}   ({count}, {span})"
 

@@ -45,6 +45,8 @@ class TrainConfig:
     """Environment steps before the first update of the agent (released code of the paper: 10 000)."""
     updates_per_step: NonNegative = 1.0
     """Updates of the agent per environment step (paper: 4)."""
+    overlap: bool = True
+    """Collect a block while the device learns from the one before: the policy acts one block behind."""
     warmup: Literal["uniform", "policy"] = "uniform"
     """Actions before learning starts: uniform, or the untrained exploration policy (the paper's code)."""
     checkpoint_interval: Positive = 5000

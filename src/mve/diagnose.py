@@ -65,7 +65,7 @@ class Judged(NamedTuple):
 
 def diagnose(learner: Learner, num_episodes: int = 5, *, from_replay: bool = False) -> Json:
     """Every number, as plain data: model error by depth, critic, targets by horizon, calibration."""
-    settings, recipe = learner.config, learner._recipe
+    settings, recipe = learner.config, learner.recipe
     deepest = max(DEEPEST, settings.targets.imagined_steps)
     simulator, why_not = None, "replay was asked for"
     with log.capture_mujoco_warnings(None):
@@ -96,7 +96,7 @@ def diagnose(learner: Learner, num_episodes: int = 5, *, from_replay: bool = Fal
             shown, found = _targets(learner, judged, simulator, deepest)
             report["samples"]["target"] = shown
             report |= found
-        if (model := learner._state.model) is not None:
+        if (model := learner.state.model) is not None:
             report |= _model_errors(learner, model, played, starts, deepest)
             if simulator is not None and recipe.simulator is None:
                 report |= _on_policy(learner, model, simulator, played, starts, deepest)
@@ -105,10 +105,10 @@ def diagnose(learner: Learner, num_episodes: int = 5, *, from_replay: bool = Fal
 
 def _simulator(learner: Learner) -> tuple[StepFn | None, str | None]:
     """The true dynamics, or why there are none to compare with."""
-    if not learner._recipe.uses_model:
+    if not learner.recipe.uses_model:
         return None, "the run imagines nothing"
     try:
-        return learner._recipe.simulator or learner._simulator(), None
+        return learner.recipe.simulator or learner.run.simulator(), None
     except UserError as error:
         return None, str(error)
 
@@ -129,7 +129,7 @@ def write(report: Json, folder: Path) -> Path:
 
 def _judged(learner: Learner, played: Played, starts: np.ndarray) -> Judged:
     ends, tail_value = np.flatnonzero(played.last), np.zeros(len(played.last), np.float32)
-    tail_value[ends] = measure.state_values(learner._state.agent, played.rows.next_obs[ends])
+    tail_value[ends] = measure.state_values(learner.state.agent, played.rows.next_obs[ends])
     earned, tail = measure.monte_carlo_returns(played, tail_value, learner.config.targets.discount)
     kept = starts[tail[starts] <= LARGEST_TAIL]
     if len(kept) == 0:
@@ -142,7 +142,7 @@ def _judged(learner: Learner, played: Played, starts: np.ndarray) -> Judged:
 def _critic(learner: Learner, judged: Judged) -> Json:
     """The critic against the returns that were earned."""
     rows, earned, tail = judged.rows, judged.earned, judged.tail
-    critic = np.asarray(measure.critic_values(learner._state.agent, rows.obs, rows.action))
+    critic = np.asarray(measure.critic_values(learner.state.agent, rows.obs, rows.action))
     shown = _thinned(np.arange(len(earned)), SAMPLES)
     return {
         "scored": len(earned),
@@ -157,7 +157,7 @@ def _targets(
     learner: Learner, judged: Judged, simulator: StepFn | None, deepest: int
 ) -> tuple[list[float | None], Json]:
     """Some of the critic's targets, and how far they are from what was earned, by horizon."""
-    state, recipe = learner._state, learner._recipe
+    state, recipe = learner.state, learner.recipe
     rows, earned = judged.rows, judged.earned
     by_horizon = np.asarray(measure.targets_by_horizon(state.agent, state.model, recipe, rows, deepest))
     used = max(recipe.targets.imagined_steps, recipe.targets.recalled_steps)
@@ -190,7 +190,7 @@ def _model_errors(
     learner: Learner, model: Dynamics, played: Played, starts: np.ndarray, deepest: int
 ) -> Json:
     """Error by depth in units of the replay's spread, and the members' spread against it."""
-    recipe = learner._recipe
+    recipe = learner.recipe
     ends = np.flatnonzero(played.last)
     remaining = ends[np.searchsorted(ends, starts)] - starts + 1
     deepest = min(deepest, int(remaining.max()))
@@ -210,7 +210,7 @@ def _on_policy(
 ) -> Json:
     """Error by depth under the policy's own actions, which the simulator tries as well."""
     obs = jnp.asarray(played.rows.obs[starts])
-    rolled = measure.on_policy(learner._state.agent, model, learner._recipe, simulator, obs, deepest)
+    rolled = measure.on_policy(learner.state.agent, model, learner.recipe, simulator, obs, deepest)
     obs_spread, reward_spread = _spreads(learner)
     errors = measure.on_policy_errors(rolled, obs_spread, reward_spread)
     valid = np.asarray(errors.running)
@@ -239,7 +239,7 @@ def _errors_by_depth(state: Array, reward: Array, wrong_end: Array, valid: np.nd
 
 def _spreads(learner: Learner) -> tuple[Array, Array]:
     """Of the states and rewards in the replay."""
-    memory = learner._state.replay
+    memory = learner.state.replay
     states, rewards = (np.asarray(x)[: int(memory.size)] for x in (memory.rows.next_obs, memory.rows.reward))
     return _spread(states), _spread(rewards)
 

@@ -24,13 +24,13 @@ DIAGNOSIS_STREAM = 4  # first word of the seeds of these episodes; training and 
 
 def play(learner: Learner, episodes: int) -> Played:
     """So many whole episodes of the target policy, in an environment of their own."""
-    settings, agent = learner.config, learner._state.agent
+    settings, agent = learner.config, learner.state.agent
     limit, cuts_reward = learner.spec.max_episode_steps, settings.env.truncation_is_terminal
     env_config = settings.env
     if limit is not None and env_config.id and not cuts_reward:
         longer = limit + _steps_until(TAIL, settings.targets.discount)
         env_config = replace(env_config, kwargs={**(env_config.kwargs or {}), "max_episode_steps": longer})
-    env = host.make(env_config) if env_config.id else learner._another_env()
+    env = host.make(env_config) if env_config.id else learner.run.another_env()
     seeds = [host.episode_seed(DIAGNOSIS_STREAM, settings.seed, number) for number in range(episodes)]
     played = [
         _play_episode(HostEnv(env, seed=seed, truncation_is_terminal=cuts_reward), agent, number)
@@ -76,14 +76,14 @@ def remembered(learner: Learner, episodes: int) -> Played:
     They are the behaviour policies', noise and all. Their bonus is that of the present policy in their
     states. No step is taken in any environment.
     """
-    rows, limit = in_order(learner._state.replay), learner.spec.max_episode_steps
+    rows, limit = in_order(learner.state.replay), learner.spec.max_episode_steps
     if len(rows.reward) == 0:
         raise UserError(f"{learner.folder} remembers no steps yet; there is nothing to judge")
     number, first, length = np.unique(rows.episode, return_index=True, return_counts=True)
     whole = np.ones(len(number), bool)
     # The newest may still be running, the oldest may have lost its beginning to the ring.
     whole[-1] = rows.continuation[-1] == 0 or length[-1] == limit
-    if learner._state.replay.size == learner._state.replay.capacity:
+    if learner.state.replay.size == learner.state.replay.capacity:
         whole[0] &= length[0] == limit
     chosen = number[whole][-episodes:] if whole.any() else number
     kept = np.isin(rows.episode, chosen)
@@ -91,7 +91,7 @@ def remembered(learner: Learner, episodes: int) -> Played:
     rows: Transition = jax.tree.map(lambda x: x[kept], rows)
     last = np.append(rows.episode[1:] != rows.episode[:-1], True)
     rows = rows._replace(episode=np.searchsorted(chosen, rows.episode).astype(np.int32))
-    return Played(rows, np.asarray(_bonus(learner._state.agent, rows.obs)), last, time)
+    return Played(rows, np.asarray(_bonus(learner.state.agent, rows.obs)), last, time)
 
 
 def in_order(memory: Replay) -> Transition:

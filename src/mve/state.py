@@ -14,6 +14,7 @@ from mve import agents, dynamics, replay
 from mve.agents import Agent, AgentConfig
 from mve.dynamics import Dynamics, DynamicsConfig
 from mve.imagine import ImaginationConfig
+from mve.policies import Policy
 from mve.replay import Replay
 from mve.targets import Calibration, TargetsConfig, calibration
 from mve.types import Key, Known, StepFn
@@ -62,6 +63,13 @@ class Capacity(NamedTuple):
 
     replay: int
     imagined: int = 0
+
+
+class Progress(NamedTuple):
+    """Where a run stands between two blocks."""
+
+    state: TrainState
+    explorer: Policy | None = None  # collects the next block, where that is not the state's own policy
 
 
 def initial_state(recipe: Recipe, capacity: Capacity, seed: int) -> TrainState:

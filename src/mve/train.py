@@ -6,6 +6,7 @@ judge -> remember -> fit -> branch -> update_step ...      learn, once per block
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -36,6 +37,7 @@ from mve.types import (
 State = TypeVar("State")
 
 LEARN, ACT = 0, 1  # the streams of random draws that start from a run's root key
+traces: Counter[Recipe] = Counter()  # how often `learn_block` has been traced: once a run, or it is slow
 ERROR_DEPTHS = (1, 3, 5)  # steps of the open-loop model error that is logged
 
 
@@ -127,14 +129,14 @@ def calibrate(state: TrainState, block: Transition, num_rows: Array, recipe: Rec
     return calibration.observe(state.calibration, seen, recipe.targets.calibration_decay)
 
 
-@partial(jax.jit, static_argnames="recipe", donate_argnames="state")
-def learn(state: TrainState, block: Transition, due: Due, recipe: Recipe) -> tuple[TrainState, Metrics]:
+def learn_block(state: TrainState, block: Transition, due: Due, recipe: Recipe) -> tuple[TrainState, Metrics]:
     """Judge the model on a block of real steps, remember it, then fit, imagine and update so many times.
 
     The counts are traced, not static: the block that only remembers, the first fit and the steady state
-    are one compilation. Metrics are means over the repetitions; `state` is donated.
+    are one compilation. Metrics are means over the repetitions.
     """
-    keys = jax.random.split(_key_of_step(state, LEARN), 4)
+    traces[recipe] += 1  # Python runs while JAX traces, and only then
+    keys = jax.random.split(_key_of_step(state, LEARN, state.num_env_steps), 4)
     fit_key, branch_key, update_key, replay_key = keys
     metrics: Metrics = {}
     if state.calibration is not None:
@@ -167,6 +169,10 @@ def learn(state: TrainState, block: Transition, due: Due, recipe: Recipe) -> tup
     return state, metrics | update_metrics
 
 
+# `learn_block` compiled; the state is donated.
+learn = jax.jit(learn_block, static_argnames="recipe", donate_argnames="state")
+
+
 def _repeat(
     step: Callable[[State, Key], tuple[State, Metrics]], state: State, times: Array, key: Key
 ) -> tuple[State, Metrics]:
@@ -184,11 +190,11 @@ def _repeat(
 
 
 @jax.jit
-def exploration_policy(state: TrainState) -> Policy:
-    """The policy that collects the block that starts at the state's step."""
-    return state.agent.exploration_policy(_key_of_step(state, ACT))
+def exploration_policy(state: TrainState, step: Array) -> Policy:
+    """The policy that collects the block that starts at that environment step."""
+    return state.agent.exploration_policy(_key_of_step(state, ACT, step))
 
 
-def _key_of_step(state: TrainState, stream: int) -> Key:
+def _key_of_step(state: TrainState, stream: int, step: Array) -> Key:
     root = jax.random.clone(state.key)  # reused on purpose: the key-reuse checker has to be told
-    return jax.random.fold_in(jax.random.split(root)[stream], state.num_env_steps)
+    return jax.random.fold_in(jax.random.split(root)[stream], step)

@@ -1,0 +1,221 @@
+"""The loop: real steps and learning in turn, for one run or for several side by side.
+
+State k has learned from blocks 0 .. k-1 of real steps. One iteration, where `train.overlap` is set:
+
+    fetch     the exploration policy of state k; waits until the device has made it
+    learn     ask the device for state k+1, from block k; not waited for
+    act       collect block k+1 with the policy of state k, while the device works
+    read      what learning from block k-1 said
+
+so that the lag is one block, whatever takes how long: results do not depend on timing. Evaluations and
+checkpoints are of the state that has learned from every step so far, and the lag stays what it is across
+them: the policy of state k is fetched before block k is learned from, and goes into the checkpoint. Without
+overlap, block k+1 is collected with the policy of state k+1, as in the algorithms' published listings.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mve import log, schedule, train
+from mve.display import Display
+from mve.policies import Policy
+from mve.program import Alone, Together
+from mve.run import Run
+from mve.state import Progress
+from mve.train import Due
+from mve.types import Metrics, Transition
+
+
+class Interrupt:
+    """Ctrl-C asks the loop to finish its block; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While this lasts; signals reach the main thread only."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(signum: int, frame: Any) -> None:
+            del signum, frame
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        previous = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+class Collected(NamedTuple):
+    """A block of real steps of every run, not learned from yet."""
+
+    blocks: list[Transition]
+    before: int  # step at which it starts
+    step: int  # and ends
+
+
+class Learning(NamedTuple):
+    """What was asked of the device last; `metrics` may not be there yet."""
+
+    metrics: Metrics
+    due: Due
+    step: int
+
+
+class Loop:
+    """Runs whose configurations differ in the seed only, and their training state."""
+
+    def __init__(self, runs: Sequence[Run], progress: Sequence[Progress]):
+        self.runs = list(runs)
+        self.config = runs[0].config
+        recipe = runs[0].recipe  # the others' are the same but for copies of the environment's functions
+        self.program = Alone(recipe) if len(self.runs) == 1 else Together(recipe, len(self.runs))
+        self.state = self.program.joined([each.state for each in progress])
+        self.step = int(self.state.num_env_steps)
+        self._explorers: list[Policy | None] = [each.explorer for each in progress]
+        self._collected: Collected | None = None
+        self._learning: Learning | None = None
+        self._traces: int | None = None
+
+    def progress(self) -> list[Progress]:
+        """Where each run stands."""
+        return [
+            Progress(self.program.part(self.state, i), explorer) for i, explorer in enumerate(self._explorers)
+        ]
+
+    def go_on(
+        self, total: int, records: Sequence[log.RunLog], display: Display, interrupt: Interrupt
+    ) -> None:
+        """Up to so many environment steps, or until Ctrl-C; ends with an evaluation and a checkpoint."""
+        settings, interval = self.config.train, self.config.evaluate.interval_steps
+        started, before_start = time.perf_counter(), [run.seconds for run in self.runs]
+        stopping = False
+        while self.step < total and not stopping:
+            before = self.step
+            self._learn()
+            self._collect(min(settings.block_steps, total - before))
+            stopping = interrupt.asked
+            ends = stopping or self.step == total
+            evaluates = schedule.crosses(before, self.step, interval) or self.step == total
+            saves = schedule.crosses(before, self.step, settings.checkpoint_interval) or ends
+            if evaluates or saves or not settings.overlap:
+                self._learn()
+                self._read()
+            for run, seconds in zip(self.runs, before_start, strict=True):
+                run.seconds = seconds + time.perf_counter() - started
+            display.progress(self.step, self._shown())
+            judged = self.evaluate(records, display) if evaluates else [{} for _ in self.runs]
+            if evaluates or schedule.crosses(before, self.step, max(interval // 5, 1)):
+                for run, record, result in zip(self.runs, records, judged, strict=True):
+                    record.record(self.step, run.line(self.step) | result)
+            if saves:
+                self.save()
+
+    def _learn(self) -> None:
+        """Ask the device to learn from what was collected, if that is not done; it is not waited for.
+
+        With overlap the next block is for the policy of the state before: fetched now, for the state is
+        donated. That waits until the device is done with the block before, so that reading is free.
+        """
+        if self._collected is None:
+            return
+        blocks, before, step = self._collected
+        if self.config.train.overlap:
+            self._explorers = self._fetched_explorers()
+        self._read()
+        due = self._due(before, step)
+        self.state, metrics = self.program.learn(self.state, blocks, due)
+        self._collected, self._learning = None, Learning(metrics, due, step)
+        self._check_traces()
+
+    def _check_traces(self) -> None:
+        """Compiling again costs a minute here and there, which nobody would notice otherwise."""
+        traces = train.traces[self.program.recipe]
+        if self._traces not in (None, traces):
+            warnings.warn(
+                f"learning was compiled again at step {self.step}: a defect of mve",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._traces = traces
+
+    def _collect(self, count: int) -> None:
+        before, explorers = self.step, self._explorers
+        if not self.config.train.overlap or explorers[0] is None:
+            explorers = self._fetched_explorers()
+        blocks = [
+            run.collect(policy, before, count) for run, policy in zip(self.runs, explorers, strict=True)
+        ]
+        self.step += count
+        self._collected = Collected(blocks, before, self.step)
+
+    def _fetched_explorers(self) -> list[Policy | None]:
+        """The state's policies for the block that starts here; None where actions are random."""
+        if not self.runs[0].explores(self.step):
+            return [None for _ in self.runs]
+        return [*self.program.explorers(self.state, self.step)]
+
+    def _due(self, before: int, step: int) -> Due:
+        """What a block of real steps is followed by."""
+        config, fits_model = self.config, self.runs[0].recipe.fits_model
+        return Due.of(
+            rows=step - before,
+            fits=schedule.fits_due(config, step) - schedule.fits_due(config, before) if fits_model else 0,
+            rounds=schedule.rounds_due(config, step) - schedule.rounds_due(config, before),
+            updates=schedule.updates_due(config, step) - schedule.updates_due(config, before),
+        )
+
+    def _read(self) -> None:
+        """Take note of what was learned last, once; nothing before the first update."""
+        learning, self._learning = self._learning, None
+        if learning is None or learning.due.updates == 0:
+            return
+        for run, numbers in zip(self.runs, self.program.numbers(learning.metrics), strict=True):
+            run.note(numbers, learning.step, int(learning.due.fits))
+
+    def _shown(self) -> dict[str, float | str]:
+        """Means over the runs, of what every one of them knows."""
+        name, count = self.runs[0].spec.name, len(self.runs)
+        fields: dict[str, float | str] = {"env": name if count == 1 else f"{name}, {count} seeds"}
+        if all(run.recent for run in self.runs):
+            fields["return"] = float(np.mean([run.recent[-1].ret for run in self.runs]))
+        if all("model/mse_k1" in run.metrics for run in self.runs):
+            fields["model error"] = float(np.mean([run.metrics["model/mse_k1"] for run in self.runs]))
+        return fields
+
+    def evaluate(self, records: Sequence[log.RunLog], display: Display) -> list[dict[str, float]]:
+        """Try and record every run's deterministic policy; shown are one's episodes, or every seed's mean."""
+        judged, shown = [], []
+        for run, policy, record in zip(self.runs, self.program.policies(self.state), records, strict=True):
+            result = run.evaluate(policy, self.step)
+            record.evaluation(self.step, result.returns.tolist(), result.lengths.tolist())
+            judged.append(
+                {
+                    "eval/mean_reward": float(result.returns.mean()),
+                    "eval/std_reward": float(result.returns.std()),
+                    "eval/mean_ep_length": float(np.mean(result.lengths)),
+                }
+            )
+            shown.append(result.returns)
+        display.evaluation(self.step, shown[0] if len(shown) == 1 else [returns.mean() for returns in shown])
+        return judged
+
+    def save(self) -> None:
+        """A checkpoint of every run."""
+        for run, progress in zip(self.runs, self.progress(), strict=True):
+            run.save(run.folder, progress)

@@ -1,0 +1,167 @@
+"""What the loop asks of the device: to learn, and for the policies that act and are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mve import train
+from mve.agents import Agent
+from mve.policies import Policy
+from mve.state import Recipe, TrainState
+from mve.train import Due
+from mve.types import Metrics, Transition
+
+
+def on_host(tree: Any) -> Any:
+    """The same with NumPy leaves. Copied: the device's buffers are donated later."""
+    return jax.tree.map(np.array, tree)
+
+
+SEED = "seed"  # the axis that devices share out
+
+
+class Alone:
+    """One training state as it is."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def joined(self, states: Sequence[TrainState]) -> TrainState:
+        """The state that is trained."""
+        [state] = states
+        return state
+
+    def part(self, state: TrainState, number: int) -> TrainState:
+        """The state of one of the runs."""
+        del number
+        return state
+
+    def learn(self, state: TrainState, blocks: Sequence[Transition], due: Due) -> tuple[TrainState, Metrics]:
+        """`train.learn`; returns before it is done, and donates the state."""
+        [block] = blocks
+        return train.learn(state, block, due, self.recipe)
+
+    def explorers(self, state: TrainState, step: int) -> list[Policy]:
+        """The policies that collect the block that starts at `step`."""
+        return [on_host(train.exploration_policy(state, np.int32(step)))]
+
+    def policies(self, state: TrainState) -> list[Policy]:
+        """The deterministic policies."""
+        return [on_host(state.agent.policy())]
+
+    def numbers(self, metrics: Metrics) -> list[dict[str, float]]:
+        """The metrics of each run; waits for them."""
+        return [{name: float(value) for name, value in jax.device_get(metrics).items()}]
+
+
+def devices_for(count: int) -> list[Any]:
+    """As many of the devices as divide so many seeds evenly."""
+    devices = jax.devices()
+    return devices[: max(n for n in range(1, len(devices) + 1) if count % n == 0)]
+
+
+class Together:
+    """Several states as one, with a leading axis of seeds, in one program.
+
+    How far all have come is one number and has no such axis: loops over counts stay loops. The seeds are
+    shared out over as many devices as divide them evenly.
+    """
+
+    def __init__(self, recipe: Recipe, count: int):
+        self.recipe, self.count = recipe, count
+        devices = devices_for(count)
+        self.mesh = Mesh(np.array(devices), (SEED,)) if len(devices) > 1 else None
+
+    def joined(self, states: Sequence[TrainState]) -> TrainState:
+        """The stacked state. The states given, which stand at the same step, are used up as if donated."""
+        counts = jax.tree.map(jnp.copy, _counts(states[0]))
+        stacked = eqx.tree_at(_counts, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), counts)
+        for leaf in jax.tree.leaves(list(states)):
+            if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf.delete()
+        if (mesh := self.mesh) is None:
+            return stacked
+        mesh, specs = self.mesh, _per_leaf(stacked, PartitionSpec(SEED), PartitionSpec())
+        return jax.tree.map(
+            lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), stacked, specs
+        )
+
+    def part(self, state: TrainState, number: int) -> TrainState:
+        """The state of one of the runs."""
+        part = _part(state, np.int32(number))
+        return part if self.mesh is None else jax.device_put(part, jax.devices()[0])
+
+    def learn(self, state: TrainState, blocks: Sequence[Transition], due: Due) -> tuple[TrainState, Metrics]:
+        """`train.learn_block` of every seed; returns before it is done, and donates the state."""
+        stacked = jax.tree.map(lambda *rows: np.stack(rows), *blocks)
+        return _learn(state, stacked, due, self.recipe, self.mesh)
+
+    def explorers(self, state: TrainState, step: int) -> list[Policy]:
+        """The policies that collect the blocks that start at `step`."""
+        return self._each(_explorers(state, np.int32(step)))
+
+    def policies(self, state: TrainState) -> list[Policy]:
+        """The deterministic policies."""
+        return self._each(_policies(state.agent))
+
+    def numbers(self, metrics: Metrics) -> list[dict[str, float]]:
+        """The metrics of each run; waits for them."""
+        numbers = jax.device_get(metrics)
+        return [{name: float(value[i]) for name, value in numbers.items()} for i in range(self.count)]
+
+    def _each(self, stacked: Any) -> list[Any]:
+        on_the_host = on_host(stacked)
+        return [jax.tree.map(lambda x, i=i: x[i, ...], on_the_host) for i in range(self.count)]
+
+
+def _counts(state: TrainState) -> tuple[Any, ...]:
+    """What is the same for all seeds."""
+    return state.num_env_steps, state.replay.position, state.replay.size
+
+
+def _per_leaf(state: TrainState, each: Any, shared: Any) -> Any:
+    """`each` in place of every leaf, `shared` in place of what is the same for all seeds."""
+    return eqx.tree_at(_counts, jax.tree.map(lambda _: each, state), (shared,) * len(_counts(state)))
+
+
+@partial(jax.jit, static_argnames=("recipe", "mesh"), donate_argnames="states")
+def _learn(
+    states: TrainState, blocks: Transition, due: Due, recipe: Recipe, mesh: Mesh | None
+) -> tuple[TrainState, Metrics]:
+    axes = _per_leaf(states, 0, None)
+    learn = partial(train.learn_block, recipe=recipe)
+    every = jax.vmap(learn, in_axes=(axes, 0, None), out_axes=(axes, 0))
+    if mesh is not None:
+        # Not left to the compiler's partitioning: no seed asks anything of another device.
+        shared, split = PartitionSpec(), PartitionSpec(SEED)
+        placed = _per_leaf(states, split, shared)
+        every = jax.shard_map(
+            every, mesh=mesh, in_specs=(placed, split, shared), out_specs=(placed, split), check_vma=False
+        )
+    return every(states, blocks, due)
+
+
+@jax.jit
+def _explorers(states: TrainState, step: jax.Array) -> Policy:
+    return jax.vmap(train.exploration_policy, in_axes=(_per_leaf(states, 0, None), None))(states, step)
+
+
+@jax.jit
+def _policies(agents: Agent) -> Policy:
+    return jax.vmap(lambda agent: agent.policy())(agents)
+
+
+@jax.jit
+def _part(states: TrainState, number: jax.Array) -> TrainState:
+    axes = _per_leaf(states, 0, None)
+    return jax.tree.map(
+        lambda axis, leaf: leaf if axis is None else leaf[number], axes, states, is_leaf=lambda x: x is None
+    )

@@ -1,0 +1,112 @@
+"""Many seeds: environments stepped side by side, and one program that trains a policy for each.
+
+RUN/seed-0 ...    what a run of that seed alone would have left    RUN/curve.png    all of their curves
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import jax
+
+from mve import folders
+from mve.envs import host
+from mve.learner import Learner, go_on
+from mve.program import devices_for
+from mve.types import UserError
+
+
+def train_seeds(env: str | gym.Env, algo: str | None = None, **given: Any) -> list[Learner]:
+    """Train a learner for each seed, all in one program, to the end of the budget; takes what `create` does.
+
+    Each has the environment's draws and the exploration noise of a run of that seed alone; its updates
+    differ from that run's by rounding.
+    """
+    return learn_together(create(env, algo, **given))
+
+
+def resume_seeds(run_dir: Path | str, total_timesteps: int | None = None, **given: Any) -> list[Learner]:
+    """Go on with all runs of a folder of seeds, which have to stand at the same step."""
+    return learn_together(load(run_dir, **given), total_timesteps)
+
+
+def create(
+    env: str | gym.Env,
+    algo: str | None = None,
+    *,
+    seeds: Sequence[int],
+    run_dir: Path | str | None = None,
+    **given: Any,
+) -> list[Learner]:
+    """A learner for each seed, in run_dir/seed-S; `given` is what `Learner` takes.
+
+    An environment instance is copied for each seed. The default folder is runs/ENV/ALGO/seeds-A-B, or
+    seeds-A+B+C where the seeds do not follow one another. Nothing is written.
+    """
+    seeds = list(seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds {seeds}: at least one is needed, and each only once")
+    learners = [Learner(_copied(env), algo, seed=seed, **given) for seed in seeds]
+    if run_dir is None:
+        first = learners[0]
+        run_dir = folders.free(folders.default(first.spec.name, first.config.algo) / f"seeds-{_name(seeds)}")
+    folders.refuse_taken(Path(run_dir))
+    for learner in learners:
+        learner.folder = Path(run_dir) / f"seed-{learner.config.seed}"
+        folders.refuse_taken(learner.folder)
+    return learners
+
+
+def load(run_dir: Path | str, env: gym.Env | None = None, **given: Any) -> list[Learner]:
+    """The learners of a folder of seeds; `given` is what `Learner.load` takes beside the folder."""
+    learners = [Learner.load(folder, _copied(env), **given) for folder in folders.seeds_of(Path(run_dir))]
+    if not learners:
+        raise UserError(f"{run_dir} is not a folder of seeds: it has no seed-*/config.json")
+    return learners
+
+
+def learn_together(learners: list[Learner], total_timesteps: int | None = None) -> list[Learner]:
+    """Train learners that differ in the seed only for so many more steps, or to the end of their budget."""
+    folder = learners[0].folder.parent
+    steps = {learner.num_timesteps for learner in learners}
+    if len(steps) > 1:
+        stand = ", ".join(f"{learner.folder.name} at {learner.num_timesteps}" for learner in learners)
+        raise UserError(f"{folder}: its runs stand at different steps ({stand}); resume each alone")
+    if any(replace(each.config, seed=0) != replace(learners[0].config, seed=0) for each in learners):
+        raise UserError(f"{folder}: its runs differ in more than the seed; resume each alone")
+    for learner in learners:
+        learner.prepare(total_timesteps)
+    if not learners[0].quiet:
+        print(f"{learners[0].describe()}; {_described(learners)}", file=sys.stderr)
+    go_on(learners, folder)
+    return learners
+
+
+def _described(learners: Sequence[Learner]) -> str:
+    """How many seeds, and on how many devices, if there are several."""
+    count, devices = len(learners), len(jax.devices())
+    used = len(devices_for(count)) if count > 1 else 1
+    return f"{count} seed{'s' * (count > 1)}" + (f" on {used} of {devices} devices" if devices > 1 else "")
+
+
+def _name(seeds: Sequence[int]) -> str:
+    """0-7 for seeds that follow one another, 0+3+5 for others."""
+    if list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]}-{seeds[-1]}"
+    return "+".join(map(str, seeds))
+
+
+def _copied(env: Any) -> Any:
+    """An environment of its own for each seed; an id, or nothing, as it is."""
+    if env is None or isinstance(env, str):
+        return env
+    try:
+        return copy.deepcopy(env)
+    except Exception as error:
+        raise UserError(f"{host.name_of(env)} cannot be copied for each seed: {error}") from error
