@@ -65,14 +65,14 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert path == tmp_path / "step_000000000010"
     assert {p.name for p in path.iterdir()} == {"state.safetensors", "state.json"}
     for template in (make_state(5), jax.eval_shape(make_state)):
-        state, facts = checkpoint.restore(tmp_path, template)
+        state, facts = checkpoint.restore(tmp_path, lambda facts, template=template: template)
         assert_same(state, make_state(0))
         assert facts == {"num_env_steps": 10, "note": "é"} == checkpoint.read_facts(path)
 
 
 def test_restored_keys_draw_the_same_numbers(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, {"key": jax.random.key(3, impl="rbg")}, {"num_env_steps": 0})
-    state, _ = checkpoint.restore(tmp_path, {"key": jax.random.key(0, impl="rbg")})
+    state, _ = checkpoint.restore(tmp_path, lambda facts: {"key": jax.random.key(0, impl="rbg")})
     np.testing.assert_array_equal(
         jax.random.uniform(state["key"], (4,)), jax.random.uniform(jax.random.key(3, impl="rbg"), (4,))
     )
@@ -96,7 +96,7 @@ def test_loading_never_unpickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
-    checkpoint.restore(tmp_path, make_state())
+    checkpoint.restore(tmp_path, lambda facts: make_state())
 
 
 def test_the_newest_two_are_kept_and_the_newest_is_restored(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_the_newest_two_are_kept_and_the_newest_is_restored(tmp_path: Path) -> N
         save(tmp_path, step, seed=step)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000000020", "step_000000000030"]
     assert checkpoint.latest(tmp_path) == tmp_path / "step_000000000030"
-    state, _ = checkpoint.restore(tmp_path, make_state())
+    state, _ = checkpoint.restore(tmp_path, lambda facts: make_state())
     assert_same(state, make_state(30))
 
 
@@ -112,7 +112,7 @@ def test_saving_twice_at_a_step_keeps_the_later_state(tmp_path: Path) -> None:
     save(tmp_path, 10, seed=1)
     save(tmp_path, 10, seed=2)
     assert [p.name for p in tmp_path.iterdir()] == ["step_000000000010"]
-    assert_same(checkpoint.restore(tmp_path, make_state())[0], make_state(2))
+    assert_same(checkpoint.restore(tmp_path, lambda facts: make_state())[0], make_state(2))
 
 
 def test_a_save_cut_short_is_ignored_and_then_cleaned_away(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_save_cut_short_is_ignored_and_then_cleaned_away(tmp_path: Path) -> No
     (tmp_path / "other").rmdir()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_same(checkpoint.restore(tmp_path, make_state())[0], make_state(1))
+        assert_same(checkpoint.restore(tmp_path, lambda facts: make_state())[0], make_state(1))
     save(tmp_path, 30)
     assert [p.name for p in tmp_path.iterdir()] == ["step_000000000030"]
 
@@ -154,7 +154,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path: Path, fault: st
         outside = (newest / "state.safetensors").rename(tmp_path / "outside")
         (newest / "state.safetensors").symlink_to(outside)
     with pytest.warns(UserWarning, match="step_000000000020 is damaged"):
-        state, facts = checkpoint.restore(tmp_path / "run", make_state())
+        state, facts = checkpoint.restore(tmp_path / "run", lambda facts: make_state())
     assert_same(state, make_state(1))
     assert facts["num_env_steps"] == 10
 
@@ -162,11 +162,11 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path: Path, fault: st
 def test_no_sound_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "absent") is None
     with pytest.raises(UserError, match=r"no usable checkpoint in .*absent"):
-        checkpoint.restore(tmp_path / "absent", make_state())
+        checkpoint.restore(tmp_path / "absent", lambda facts: make_state())
     path = save(tmp_path, 10)
     damage(path / "state.safetensors")
     with pytest.warns(UserWarning, match="checksum"), pytest.raises(UserError, match="no usable checkpoint"):
-        checkpoint.restore(tmp_path, make_state())
+        checkpoint.restore(tmp_path, lambda facts: make_state())
     with pytest.raises(UserError, match="is damaged"):
         checkpoint.load_tensors(path)
 
@@ -186,14 +186,14 @@ def test_a_state_of_another_configuration_is_refused_by_name(
 ) -> None:
     save(tmp_path, 10)
     with pytest.raises(UserError, match=message):
-        checkpoint.restore(tmp_path, make_state()._replace(**change))
+        checkpoint.restore(tmp_path, lambda facts: make_state()._replace(**change))
 
 
 def test_a_newer_format_is_not_taken_for_damage(tmp_path: Path) -> None:
     file = save(tmp_path, 10) / "state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 2}))
     with pytest.raises(UserError, match="has checkpoint format 2, this mve reads 1"):
-        checkpoint.restore(tmp_path, make_state())
+        checkpoint.restore(tmp_path, lambda facts: make_state())
 
 
 def test_only_arrays_can_be_saved(tmp_path: Path) -> None:

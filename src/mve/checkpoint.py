@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,29 @@ def save(folder: Path, state: PyTree, facts: Json) -> Path:
     return final
 
 
-def restore(folder: Path, template: PyTree) -> tuple[PyTree, Json]:
+def restore(folder: Path, template_of: Callable[[Json], PyTree]) -> tuple[PyTree, Json]:
     """State and facts of the newest sound checkpoint in `folder`.
 
-    `template` gives structure, shapes and dtypes; its leaves are arrays or `jax.ShapeDtypeStruct`. A
-    damaged checkpoint is passed over with a warning. Raises UserError if none is left, or if the state
-    saved is not the state asked for.
+    `template_of` its facts gives structure, shapes and dtypes; leaves are `jax.ShapeDtypeStruct`, or NumPy
+    arrays for what is to come back as such. A damaged checkpoint is passed over with a warning. Raises
+    UserError if none is left, or if the state saved is not the state asked for.
     """
     for path in reversed(_checkpoints(folder)):
         try:
             described = _described(path)
             with _sound_tensors(path, described) as tensors:
+                template = _template(template_of, described["facts"])
                 return _fill(template, described, tensors, path), described["facts"]
         except DamagedError as error:
             warnings.warn(f"{path} is damaged ({error}); trying the one before it", stacklevel=2)
     raise UserError(f"no usable checkpoint in {folder}; train first, or give the folder of a finished run")
+
+
+def _template(template_of: Callable[[Json], PyTree], facts: Json) -> PyTree:
+    try:
+        return template_of(facts)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DamagedError(f"{FACTS}: {type(error).__name__}: {error}") from error
 
 
 def latest(folder: Path) -> Path | None:

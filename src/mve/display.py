@@ -51,6 +51,13 @@ class Display:
             line = f"step {step:>{width},}/{self._total_steps:,}  {self._summary(step)}"
             print(line, file=sys.stderr, flush=True)
 
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._live:
+            self._live.console.print(text, markup=False)
+        elif not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+
     def progress(self, step: int, fields: Mapping[str, SupportsFloat | str]) -> None:
         """Update the display. `env` names the line; every other field is shown as `name value`."""
         now = time.monotonic()

@@ -17,6 +17,7 @@ import numpy as np
 
 from mve import checkpoint, config, log
 from mve.config import Config
+from mve.envs.base import Snapshot
 from mve.state import Capacity, Progress, Recipe, TrainState, initial_state
 from mve.train import exploration_policy
 from mve.types import Json, UserError
@@ -78,32 +79,44 @@ def read(folder: Path) -> Described:
     return Described(config.from_json(data), functions)
 
 
-def save(folder: Path, progress: Progress, facts: Json) -> None:
-    """A checkpoint; `facts` are joined by what restoring needs to know of the state's size."""
+def save(folder: Path, progress: Progress, env: Snapshot | None, facts: Json) -> None:
+    """A checkpoint; `facts` are joined by what restoring needs to know of sizes.
+
+    `env` is the environment's state, None where it cannot be had.
+    """
     state = progress.state
     described = {
         "num_env_steps": int(state.num_env_steps),
         "replay_rows": state.replay.capacity,
         "imagined_rows": state.imagined.capacity if state.imagined else 0,
         "has_explorer": progress.explorer is not None,
+        "env": None if env is None else env.facts,
     }
-    checkpoint.save(folder / "checkpoints", _tree(progress), described | facts)
+    tree = _tree(progress) | {"env": {} if env is None else env.arrays}
+    checkpoint.save(folder / "checkpoints", tree, described | facts)
 
 
-def restore(folder: Path, recipe: Recipe) -> tuple[Progress, Json]:
-    """The newest sound checkpoint's progress and facts."""
-    newest = checkpoint.latest(folder / "checkpoints")
-    held = checkpoint.read_facts(newest) if newest else {}
-    rows = Capacity(held.get("replay_rows", 0), held.get("imagined_rows", 0))
+def restore(folder: Path, recipe: Recipe) -> tuple[Progress, Snapshot | None, Json]:
+    """The newest sound checkpoint's progress, state of the environment, and facts."""
 
-    def template() -> dict[str, Any]:
-        state = initial_state(recipe, rows, 0)
-        acts = held.get("has_explorer", False)
-        return _tree(Progress(state, exploration_policy(state, state.num_env_steps) if acts else None))
+    def template_of(held: Json) -> dict[str, Any]:
+        def tree() -> dict[str, Any]:
+            state = initial_state(recipe, Capacity(held["replay_rows"], held["imagined_rows"]), 0)
+            acts = held["has_explorer"]
+            return _tree(Progress(state, exploration_policy(state, state.num_env_steps) if acts else None))
 
-    tree, facts = checkpoint.restore(folder / "checkpoints", jax.eval_shape(template))
-    explorer = jax.tree.map(np.asarray, tree.pop("explorer"))
-    return Progress(TrainState(**jax.tree.map(jnp.asarray, tree)), explorer), facts
+        return jax.eval_shape(tree) | {"env": _arrays_of(held["env"])}
+
+    tree, facts = checkpoint.restore(folder / "checkpoints", template_of)
+    explorer, arrays = jax.tree.map(np.asarray, tree.pop("explorer")), tree.pop("env")
+    env = None if facts["env"] is None else Snapshot(arrays, facts["env"])
+    return Progress(TrainState(**jax.tree.map(jnp.asarray, tree)), explorer), env, facts
+
+
+def _arrays_of(env: Json | None) -> dict[str, np.ndarray]:
+    """Arrays like those of a snapshot, which take no memory."""
+    described = {} if env is None else env["arrays"]
+    return {name: np.broadcast_to(np.zeros((), dtype), shape) for name, (dtype, shape) in described.items()}
 
 
 def _tree(progress: Progress) -> dict[str, Any]:

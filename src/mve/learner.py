@@ -194,8 +194,8 @@ class Learner:
     ) -> Learner:
         """The learner of a run folder, at its newest checkpoint. Nothing in the folder is executed.
 
-        An environment instance, and functions the user had given, have to be given again. The episode
-        that was running at the checkpoint is begun anew.
+        An environment instance, and functions the user had given, have to be given again. The run goes on
+        within its episode, or in the next one where the environment's state cannot be saved.
         """
         folder = Path(folder)
         built, user_functions = folders.read(folder)
@@ -215,8 +215,8 @@ class Learner:
             learner.run = Run(built, env or host.make(built.env), eval_env=eval_env, **functions)
         learner.folder, learner.quiet = folder, quiet
         learner._fresh, learner._policy = False, None
-        learner.progress, facts = folders.restore(folder, learner.recipe)
-        learner.run.stands_at(facts)
+        learner.progress, env_state, facts = folders.restore(folder, learner.recipe)
+        learner.run.stands_at(env_state, facts)
         return learner
 
 

@@ -91,6 +91,7 @@ class Loop:
         self._collected: Collected | None = None
         self._learning: Learning | None = None
         self._traces: int | None = None
+        self._said = False
 
     def progress(self) -> list[Progress]:
         """Where each run stands."""
@@ -124,6 +125,7 @@ class Loop:
                 for run, record, result in zip(self.runs, records, judged, strict=True):
                     record.record(self.step, run.line(self.step) | result)
             if saves:
+                self._give_up_episodes(display)
                 self.save()
 
     def _learn(self) -> None:
@@ -214,6 +216,13 @@ class Loop:
             shown.append(result.returns)
         display.evaluation(self.step, shown[0] if len(shown) == 1 else [returns.mean() for returns in shown])
         return judged
+
+    def _give_up_episodes(self, display: Display) -> None:
+        """Those whose state cannot be saved: a run that stops here and one that does not then agree."""
+        reasons = [run.keep_what_can_be_kept() for run in self.runs]
+        if reasons[0] and not self._said:
+            display.say(f"episodes are begun anew after every checkpoint: {reasons[0]}")
+            self._said = True
 
     def save(self) -> None:
         """A checkpoint of every run."""

@@ -19,7 +19,7 @@ from mve import config, folders, schedule
 from mve.config import Config
 from mve.dynamics import DynamicsConfig
 from mve.envs import host, oracle
-from mve.envs.base import EnvSpec, Episode
+from mve.envs.base import EnvSpec, Episode, Snapshot
 from mve.envs.host import HostEnv
 from mve.envs.known import never
 from mve.evaluate import Evaluation, evaluate
@@ -203,13 +203,29 @@ class Run:
 
     def save(self, folder: Path, progress: Progress) -> None:
         """A checkpoint of this run, whose progress is given, into a folder."""
-        facts = {"num_episodes": self.env.num_episodes, "seconds": self.seconds}
-        folders.save(folder, progress, facts)
+        facts = {
+            "next_episode": self.env.next_episode,
+            "seconds": self.seconds,
+            "recent": [list(episode) for episode in self.recent],
+            "metrics": {name: x for name, x in self.metrics.items() if np.isfinite(x)},
+        }
+        folders.save(folder, progress, self.env.snapshot(), facts)
 
-    def stands_at(self, facts: Json) -> None:
-        """Go on from a checkpoint's facts; the episode that was running there is begun anew."""
-        self.env.num_steps, self.env.num_episodes = facts["num_env_steps"], facts["num_episodes"] + 1
-        self.seconds = facts["seconds"]
+    def stands_at(self, env: Snapshot | None, facts: Json) -> None:
+        """Go on from a checkpoint: within its episode, or in the next where `env` could not be had."""
+        if env is None:
+            self.env.num_steps, self.env.num_episodes = facts["num_env_steps"], facts["next_episode"]
+        else:
+            self.env.restore(env)
+        self.seconds, self.metrics = facts["seconds"], facts["metrics"]
+        self.recent.extend(Episode(*episode) for episode in facts["recent"])
+
+    def keep_what_can_be_kept(self) -> str | None:
+        """Before a checkpoint: where the environment's state cannot be in it, give the episode up here as a
+        resumed run will have to, and say why."""
+        if why := self.env.snapshot_obstacle:
+            self.env.abandon()
+        return why
 
 
 def _known(settings: DynamicsConfig, spec: EnvSpec, name: str) -> Known:

@@ -220,6 +220,15 @@ class HostEnv:
         return Transition(*(np.array(c, d) for c, d in zip(columns, dtypes, strict=True))), ended  # pyright: ignore[reportArgumentType]
 
     @property
+    def next_episode(self) -> int:
+        """Number of the episode that begins at the next reset."""
+        return self.num_episodes + (self._obs is not None)
+
+    def abandon(self) -> None:
+        """Give the running episode up: what follows is another."""
+        self.num_episodes, self._obs = self.next_episode, None
+
+    @property
     def snapshot_obstacle(self) -> str | None:
         """Why there is no snapshot; None if there is one."""
         return snapshots.obstacle(self._env) if self._begun else None
