@@ -185,7 +185,7 @@ def test_a_simulation_that_fails_is_one_line(suite: SimpleNamespace) -> None:
     env.reset(seed=0)
     with pytest.raises(UserError, match=r"^dmc/count-up: state is invalid$"):
         env.step(zeros(env))
-    with pytest.raises(UserError, match=r"No OpenGL backend\.; .* set MUJOCO_GL=egl$"):
+    with pytest.raises(UserError, match=r"No OpenGL backend; .* set MUJOCO_GL=egl$"):
         env.step(zeros(env))
 
 

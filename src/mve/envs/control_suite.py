@@ -84,7 +84,7 @@ class ControlSuite(gym.Env[np.ndarray, np.ndarray]):
         except RuntimeError as error:  # PhysicsError is one; so is a missing renderer
             # quadruped-escape hands its terrain to the renderer, seen or not.
             hint = "; this task needs a renderer: set MUJOCO_GL=egl" if "OpenGL" in str(error) else ""
-            raise UserError(f"{self._name}: {_one_line(error)}{hint}") from error
+            raise UserError(f"{self._name}: {_one_line(error).rstrip('.')}{hint}") from error
 
     def close(self) -> None:
         self._env.close()
