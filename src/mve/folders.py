@@ -17,6 +17,7 @@ import numpy as np
 
 from mve import checkpoint, config, log
 from mve.config import Config
+from mve.envs import snapshot
 from mve.envs.base import Snapshot
 from mve.state import Capacity, Progress, Recipe, TrainState, initial_state
 from mve.train import exploration_policy
@@ -105,18 +106,12 @@ def restore(folder: Path, recipe: Recipe) -> tuple[Progress, Snapshot | None, Js
             acts = held["has_explorer"]
             return _tree(Progress(state, exploration_policy(state, state.num_env_steps) if acts else None))
 
-        return jax.eval_shape(tree) | {"env": _arrays_of(held["env"])}
+        return jax.eval_shape(tree) | {"env": {} if held["env"] is None else snapshot.template(held["env"])}
 
     tree, facts = checkpoint.restore(folder / "checkpoints", template_of)
     explorer, arrays = jax.tree.map(np.asarray, tree.pop("explorer")), tree.pop("env")
     env = None if facts["env"] is None else Snapshot(arrays, facts["env"])
     return Progress(TrainState(**jax.tree.map(jnp.asarray, tree)), explorer), env, facts
-
-
-def _arrays_of(env: Json | None) -> dict[str, np.ndarray]:
-    """Arrays like those of a snapshot, which take no memory."""
-    described = {} if env is None else env["arrays"]
-    return {name: np.broadcast_to(np.zeros((), dtype), shape) for name, (dtype, shape) in described.items()}
 
 
 def _tree(progress: Progress) -> dict[str, Any]:

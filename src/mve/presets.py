@@ -54,6 +54,15 @@ _PAPER_HORIZON = {"HalfCheetah": 10, "Swimmer": 10, "Walker2d": 3}
 # What expansion adds to TD3 and SAC: four updates a step, as in the paper, want a critic with LayerNorm.
 _EXPANDED = {"targets.estimator": "mve_tdk", "train.updates_per_step": 4.0, "agent.layer_norm": True}
 
+# DDPG as `paper` and `repo2018` have it, with LayerNorm and parameter noise, gets stuck at the ends of the
+# action range where it learns from 1000 steps on: on Pendulum-v1 MVE never left them (seeds 0 and 1).
+_DDPG = {
+    "agent.layer_norm": False,
+    "agent.action_layer": 0,
+    "agent.exploration": "gaussian",
+    "train.updates_per_step": 4.0,
+}
+
 # 500 random steps of CartPole are two dozen episodes, enough to begin with.
 _DISCRETE = {
     "train.learning_starts": 500,
@@ -95,10 +104,10 @@ def _branches(last: int, begin: int, end: int) -> dict[str, object]:
 
 PRESETS: dict[str, Preset] = {
     "ddpg": Preset(
-        "DDPG with LayerNorm and adaptive parameter noise: the learner that MVE was first built on",
+        "DDPG with Gaussian exploration, four updates a step",
         "Lillicrap et al. 2016, arXiv 1509.02971",
         "ddpg",
-        {"train.updates_per_step": 4.0},
+        _DDPG,
     ),
     "td3": Preset("Twin delayed DDPG", "Fujimoto et al. 2018, arXiv 1802.09477", "td3", {}),
     "sac": Preset(
@@ -114,13 +123,13 @@ PRESETS: dict[str, Preset] = {
         "MVE with the TD-k trick on DDPG, learning from 1000 steps on",
         "Feinberg et al. 2018, arXiv 1803.00101",
         "ddpg",
-        {"targets.estimator": "mve_tdk", "train.updates_per_step": 4.0},
+        {**_DDPG, "targets.estimator": "mve_tdk"},
     ),
     "mve-ddpg-no-tdk": Preset(
         "MVE on DDPG without the TD-k trick: real rows alone are regressed",
         "Feinberg et al. 2018, arXiv 1803.00101, ablation",
         "ddpg",
-        {"targets.estimator": "mve", "train.updates_per_step": 4.0},
+        {**_DDPG, "targets.estimator": "mve"},
     ),
     "mve-td3": Preset(
         "MVE with the TD-k trick on TD3",
@@ -204,6 +213,7 @@ PRESETS: dict[str, Preset] = {
         "Kalweit and Boedecker 2017; the IB baseline of Feinberg et al. 2018, arXiv 1803.00101",
         "ddpg",
         {
+            **_DDPG,
             "train.updates_per_step": 20.0,
             "imagination.starts": 16,
             "imagination.interval_steps": 20,
