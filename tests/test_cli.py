@@ -83,6 +83,16 @@ def test_help_comes_within_half_a_second_and_without_jax() -> None:
     assert all(command in attempts[0].stdout for command in COMMANDS)
 
 
+def test_compiled_code_is_kept_where_the_user_keeps_such_things(tmp_path: Path) -> None:
+    asks = (
+        "import os; from mve.cli import main; main(['list']); print(os.environ['JAX_COMPILATION_CACHE_DIR'])"
+    )
+    given = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert python("-c", asks, **given).stdout.splitlines()[-1] == str(tmp_path / "mve" / "jax")
+    told = python("-c", asks, **given, JAX_COMPILATION_CACHE_DIR="elsewhere")
+    assert told.stdout.splitlines()[-1] == "elsewhere"
+
+
 def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "usage: mve" in capsys.readouterr().out

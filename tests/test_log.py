@@ -117,7 +117,7 @@ def test_on_a_terminal_one_live_line_shows_the_run(tmp_path: Path, monkeypatch: 
     ("seconds", "text"), [(5.0, "5 s"), (65.4, "1 min 05 s"), (3720.0, "1 h 02 min"), (-1.0, "0 s")]
 )
 def test_time_left_reads_well(seconds: float, text: str) -> None:
-    assert log._duration(seconds) == text
+    assert display._duration(seconds) == text
 
 
 def test_json_is_written_whole_and_in_order(tmp_path: Path) -> None:

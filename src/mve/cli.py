@@ -315,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     if command is None:
         return 0
+    _keep_compiled_code()
     from mve.types import UserError
 
     try:
@@ -333,6 +334,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def _keep_compiled_code() -> None:
+    """Have JAX keep what it compiles, so that the next run of the same sizes starts at once.
+
+    In the user's cache folder, unless JAX was told where; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    Told by environment variables, which JAX reads when it is imported: that has to wait until a command
+    needs it, and where it was imported before, it is the user's own program that decides.
+    """
+    if "jax" in sys.modules:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "mve" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:

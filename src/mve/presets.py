@@ -34,6 +34,7 @@ _MVE_2018 = {
     "dynamics.termination": "never",
     "dynamics.stay_in_data": False,
     "train.block_steps": 100,
+    "train.overlap": False,
     "train.learning_starts": 10_000,
     "train.updates_per_step": 4.0,
     "train.warmup": "policy",
