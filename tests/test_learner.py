@@ -55,6 +55,12 @@ class Slide(gym.Env):
         self.steps += 1
         return self.state.copy(), -float(np.abs(self.state).sum()), False, self.steps == 25, {}
 
+    def snapshot(self) -> dict[str, Any]:
+        return {"state": self.state, "steps": self.steps}
+
+    def restore(self, data: dict[str, Any]) -> None:
+        self.state, self.steps = data["state"], data["steps"]
+
 
 @pytest.fixture(scope="module")
 def learner(tmp_path_factory: pytest.TempPathFactory) -> Learner:
@@ -268,6 +274,12 @@ class Choice(Slide):
         self.state = 0.9 * self.state + 0.1 * float(action - 4)
         self.steps += 1
         return self.state.copy(), -float(np.abs(self.state).sum()), False, self.steps == 25, {}
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"state": self.state, "steps": self.steps}
+
+    def restore(self, data: dict[str, Any]) -> None:
+        self.state, self.steps = data["state"], data["steps"]
 
 
 def test_a_choice_of_actions_is_learned_predicted_and_loaded(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def straight_and_killed(
     return straight, resumed.learn(STEPS - resumed.num_timesteps)
 
 
-@pytest.mark.parametrize("overlap", ["true", "false"])
+@pytest.mark.parametrize("overlap", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_within_its_episode_to_the_same_end(
     overlap: str, tmp_path: Path, kill_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

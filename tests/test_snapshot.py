@@ -150,7 +150,7 @@ for id in sys.argv[2:]:
 
 def continue_from_files(id: str) -> str:
     facts = checkpoint.read_facts(checkpoint.latest(Path(id)) or Path(id))
-    state, facts = checkpoint.restore(Path(id), {"env": snapshot.template(facts["env"])})
+    state, facts = checkpoint.restore(Path(id), lambda facts: {"env": snapshot.template(facts["env"])})
     env = make(id)
     snapshot.restore(env, Snapshot(state["env"], facts["env"]))
     return digest(env)
