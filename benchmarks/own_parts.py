@@ -33,8 +33,12 @@ def expansion_section(effort: Effort) -> Json:
     for cores in effort.cores:
         with Worker("worker_mve.py", cores=cores, label="expansion") as worker:
             ours, on = Ours(worker, effort), on_cores(cores)
-            both = {"sac": sac(), "mve-sac, H = 3": mve_sac()}
-            groups.append(ours.compare(f"The expansion's cost, {on}", both))
+            learners = {
+                "sac": sac(),
+                "mve-sac, H = 3": mve_sac(),
+                "mve-sac, H = 3, no TD-k": mve_sac("targets.estimator=mve"),
+            }
+            groups.append(ours.compare(f"The expansion's cost, {on}", learners))
             if cores == max(effort.cores):
                 curves = _curves(ours, on)
     points = {name: report.curve(along) for name, along in curves.items()}

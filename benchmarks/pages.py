@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
+from bars import bars_text
 from paper import paper_text
-from report import costs, group_text, missing_text, number, rate, rates, ratio, spread, table
+from report import (
+    costs,
+    group_text,
+    mbpo_core_seconds,
+    missing_text,
+    number,
+    rate,
+    rates,
+    ratio,
+    spread,
+    table,
+)
 
 Json = dict[str, Any]
 
@@ -84,15 +95,6 @@ def roofline_text(section: Json) -> str:
     return table(("", "update, GFLOP/s", "its matrix products alone, GFLOP/s", "reached"), rows)
 
 
-def mbpo_core_seconds(section: Json) -> dict[str, float]:
-    """What each part takes for 1000 environment steps."""
-    taken = {}
-    for group in section["groups"]:
-        per, samples = group["per"], group["arms"]["mve"]["samples"]
-        taken[per] = section["per_1000_steps"][per] * median(s["cpu_seconds"] / s[per] for s in samples)
-    return taken
-
-
 def mbpo_text(section: Json) -> str:
     names = {"rounds": "rounds of rollouts", "fits": "model minibatches", "env_steps": "environment steps"}
     due, taken = section["per_1000_steps"], mbpo_core_seconds(section)
@@ -141,7 +143,8 @@ def section_text(name: str, section: Json) -> str:
 def as_text(results: Json) -> str:
     """All sections that were measured, in their order."""
     sections = results["sections"]
-    return "\n".join(section_text(name, sections[name]) for name in PAGES if name in sections)
+    told = [section_text(name, sections[name]) for name in PAGES if name in sections]
+    return "\n".join([f"### Against the bars\n\n{bars_text(sections)}\n", *told])
 
 
 def put_figures(document: str, figures: str) -> str:

@@ -63,6 +63,15 @@ def per_core_second(group: Json, name: str) -> float:
     return median(s[group["per"]] / s["cpu_seconds"] for s in group["arms"][name]["samples"])
 
 
+def mbpo_core_seconds(section: Json) -> dict[str, float]:
+    """Core-seconds that each part of MBPO takes for 1000 environment steps."""
+    taken = {}
+    for group in section["groups"]:
+        per, samples = group["per"], group["arms"]["mve"]["samples"]
+        taken[per] = section["per_1000_steps"][per] * median(s["cpu_seconds"] / s[per] for s in samples)
+    return taken
+
+
 def share(arm: Json, of: str, seconds: str = "seconds") -> float:
     """Seconds `of` something for each second, over all samples: 1 is one core kept busy, or waited for."""
     return sum(s[of] for s in arm["samples"]) / max(sum(s[seconds] for s in arm["samples"]), 1e-9)

@@ -20,7 +20,7 @@ Loaded = dict[str, ModuleType]
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Loaded]:
     """The modules by name. They find each other beside the script, which is on no path but its own."""
-    names = ("report", "pages", "paper", "products", "workers", "machine", "venvs")
+    names = ("report", "bars", "pages", "paper", "products", "workers", "machine", "venvs")
     sys.path.insert(0, str(BENCHMARKS))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -114,6 +114,29 @@ def test_every_section_is_told_and_what_was_not_measured_is_told_as_well(bench: 
         assert expected in text
 
 
+def test_bars_say_what_was_reached_and_what_fell_short(bench: Loaded) -> None:
+    race = group("updates", {"mve": [500.0], "sbx": [250.0], "sb3": [250.0]})
+    race["title"] = "SAC, 20 updates per environment step, 2 cores"
+    cost = group("updates", {"sac": [300.0], "mve-sac, H = 3": [100.0]})
+    cost["title"] = "The expansion's cost, 2 cores"
+    for arm, flops in zip(cost["arms"].values(), (1e9, 2.5e9), strict=True):
+        arm["facts"] = {"flops_hand": flops}
+    sections = {
+        "machine": section(gemm={"jax 256 x 256, 1 core": {"gflops_median": 300.0}}),
+        "peers": section(groups=[race]),
+        "expansion": section(groups=[cost]),
+        "seeds": section(failed="no"),
+    }
+    verdicts = [(bar.measured, bar.verdict) for bar in bench["bars"].bars(sections)]
+    # 500 / 250 beside sbx and sb3; 100 against 43 x 300 / 150; three times as dear by 2.5 times the FLOPs.
+    assert verdicts == [
+        (2.0, "goal reached"),
+        (2.0, "**short**"),
+        (pytest.approx(100 / 86), "**short**"),
+        (pytest.approx(1.2), "**short**"),
+    ]
+
+
 def test_mbpo_is_put_together_from_its_parts(bench: Loaded) -> None:
     parts = [
         group(per, {"mve": [rate]})
@@ -122,7 +145,7 @@ def test_mbpo_is_put_together_from_its_parts(bench: Loaded) -> None:
     due = {"updates": 10_000, "fits": 1000, "env_steps": 1000}
     made = section(groups=parts, per_1000_steps=due)
     # Half of each second was on a core: 10 000 / 100 + 1000 / 50 + 1000 / 1000.
-    assert bench["pages"].mbpo_core_seconds(made) == {"updates": 100.0, "fits": 20.0, "env_steps": 1.0}
+    assert bench["report"].mbpo_core_seconds(made) == {"updates": 100.0, "fits": 20.0, "env_steps": 1.0}
     assert "8.26 environment steps per core-second" in bench["pages"].section_text("mbpo", made)
 
 
