@@ -196,6 +196,46 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Compare algorithms over their seeds: interquartile means with 95 % bootstrap intervals."""
+
+    paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="PATH")]
+    """Folders of runs or of seeds, and CSV files of suite,env,algo,seed,step,return,source."""
+    at: tuple[int, ...] = ()
+    """Steps to compare at; the last one that all runs of a task have reached, if not given."""
+    against: Annotated[tuple[Path, ...], arg(metavar="CSV")] = ()
+    """Published curves in the same form, compared on the same tasks."""
+    only: tuple[str, ...] = ()
+    """Of the published ones, these algorithms."""
+    output: Annotated[Path | None, arg(metavar="PNG")] = None
+    """A picture to draw: a panel for each task."""
+    csv: Annotated[Path | None, arg(metavar="CSV")] = None
+    """A file to write the runs' evaluations to."""
+
+    def run(self) -> int:
+        from mve import compare
+        from mve.types import UserError
+
+        if not self.paths:
+            raise UserError("compare: no run folder or CSV file is given; see `mve compare --help`")
+        curves, published = compare.read(self.paths), compare.read(self.against)
+        tasks = {curve.env for curve in curves}
+        published = [c for c in published if c.env in tasks and (not self.only or c.algo in self.only)]
+        steps = self.at or compare.common_steps(curves)
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for name in compare.HEADER:
+            table.add_column(name, no_wrap=name != compare.HEADER[-1])
+        for row in compare.table([*curves, *published], steps):
+            table.add_row(*map(Text, row))
+        Console().print(table)
+        if self.csv:
+            print(compare.write_csv(curves, self.csv))
+        if self.output:
+            print(compare.picture(curves, published, self.output, max(self.at, default=None)))
+        return 0
+
+
+@dataclass(frozen=True)
 class Diagnose(OnRun):
     """Measure a run's model, critic and targets against fresh episodes, and its simulator set to states."""
 
@@ -302,7 +342,8 @@ class Doctor:
 
 
 COMMANDS = {
-    kind.__name__.lower(): kind for kind in (Train, Eval, Resume, Plot, Diagnose, Check, List, Doctor)
+    kind.__name__.lower(): kind
+    for kind in (Train, Eval, Resume, Plot, Compare, Diagnose, Check, List, Doctor)
 }
 
 

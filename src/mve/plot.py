@@ -75,7 +75,7 @@ def curve(folders: Sequence[Path], output: Path) -> Path:
                 lowest = _draw_model_error(axes[1, column], chosen, colours) or lowest
             lowest.set_xlabel("environment steps")
             lowest.tick_params(labelbottom=True)
-            lowest.xaxis.set_major_formatter(_thousands)
+            lowest.xaxis.set_major_formatter(thousands)
             lowest.set_xlim(left=0)
         return write(figure, output)
 
@@ -189,7 +189,9 @@ def _legend(axis: Any) -> None:
     axis.legend(fontsize=9.5, labelspacing=0.8, handlelength=1.6, **place)
 
 
-def _thousands(steps: float, position: int) -> str:
+def thousands(steps: float, position: int = 0) -> str:
+    """A number of steps as an axis shows it: 500, 25 k, 1 M."""
+    del position
     return (
         f"{steps:.0f}"
         if abs(steps) < 1000

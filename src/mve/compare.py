@@ -1,0 +1,245 @@
+"""Algorithms side by side over seeds: tables and pictures with intervals, from run folders and CSV files.
+
+A CSV file has a row for each evaluation, the mean of its episodes:
+
+    suite,env,algo,seed,step,return,source
+
+Published curves are kept in the same form, so that one picture shows both.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from mve.log import VERSIONS, read_json
+from mve.plot import COLOURS, STYLE, mean_curve, read_run, thousands, write
+from mve.types import UserError
+
+COLUMNS = ("suite", "env", "algo", "seed", "step", "return", "source")
+CONFIDENCE, RESAMPLES = 0.95, 5000
+
+
+class Curve(NamedTuple):
+    """One seed's evaluations."""
+
+    suite: str
+    env: str
+    algo: str
+    seed: str
+    source: str
+    step: np.ndarray
+    value: np.ndarray  # mean return of the evaluation's episodes
+
+
+class Score(NamedTuple):
+    """What several seeds reached at a step."""
+
+    values: Float[np.ndarray, " seeds"]
+    iqm: float
+    low: float  # of the 95 % interval about the interquartile mean; nan for a single seed
+    high: float
+
+
+def read(paths: Sequence[Path]) -> list[Curve]:
+    """The curves of run folders, of folders of seeds, and of CSV files."""
+    curves: list[Curve] = []
+    for path in paths:
+        if path.suffix == ".csv":
+            curves += _read_csv(path)
+        else:
+            inside = sorted(path.glob("seed-*/config.json"))
+            curves += [_read_run(place.parent) for place in inside] or [_read_run(path)]
+    return curves
+
+
+def _read_run(folder: Path) -> Curve:
+    run, versions = read_run(folder), folder / VERSIONS
+    facts = read_json(versions) if versions.exists() else {}
+    version = (facts.get("git_commit") or "")[:7] or facts.get("mve")
+    suite, _, env = run.task.rpartition("/")
+    return Curve(
+        suite=suite or "gym",
+        env=env,
+        algo=run.algo,
+        seed=str(run.seed),
+        source=f"mve:{version}" if version else "mve",
+        step=run.step,
+        value=run.mean,
+    )
+
+
+def _read_csv(path: Path) -> list[Curve]:
+    rows: dict[tuple[str, ...], list[tuple[int, float]]] = {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise UserError(f"{path} has no column {', '.join(missing)}; it needs {','.join(COLUMNS)}")
+            for row in reader:
+                name = tuple(row[column] for column in ("suite", "env", "algo", "seed", "source"))
+                rows.setdefault(name, []).append((int(row["step"]), float(row["return"])))
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    curves = []
+    for name, points in rows.items():
+        step, value = (np.array(column, np.float64) for column in zip(*sorted(points), strict=True))
+        curves.append(Curve(*name, step=step, value=value))
+    return curves
+
+
+def write_csv(curves: Iterable[Curve], path: Path) -> Path:
+    """All evaluations as one CSV file, by task, algorithm, seed and step."""
+    written = path.with_name(f".writing.{path.name}")
+    try:
+        with written.open("w", encoding="utf-8", newline="") as file:
+            out = csv.writer(file, lineterminator="\n")
+            out.writerow(COLUMNS)
+            for curve in sorted(curves, key=lambda c: (c.suite, c.env, c.algo, len(c.seed), c.seed)):
+                for step, value in zip(curve.step, curve.value, strict=True):
+                    name = (curve.suite, curve.env, curve.algo, curve.seed)
+                    out.writerow((*name, int(step), f"{value:.2f}", curve.source))
+        written.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def grouped(curves: Sequence[Curve]) -> dict[str, dict[str, list[Curve]]]:
+    """By task, then by algorithm, in the order given."""
+    tasks: dict[str, dict[str, list[Curve]]] = {}
+    for curve in curves:
+        tasks.setdefault(curve.env, {}).setdefault(curve.algo, []).append(curve)
+    return tasks
+
+
+def score(curves: Sequence[Curve], step: float | int) -> Score | None:
+    """What those seeds that came so far had reached at a step, interpolated between evaluations.
+
+    The interquartile mean drops a quarter of the seeds, rounded down, at either end; its interval is the
+    percentile bootstrap over seeds (Agarwal et al. 2021, arXiv 2108.13264, section 4; one task is one
+    stratum). None if no seed has come so far.
+    """
+    reached = [c for c in curves if len(c.step) and c.step[0] <= step <= c.step[-1]]
+    if not reached:
+        return None
+    values = np.array([np.interp(step, c.step, c.value) for c in reached])
+    return Score(values, iqm(values), *interval(values))
+
+
+def iqm(values: Float[np.ndarray, " seeds"]) -> float:
+    """Interquartile mean: without a quarter of the values, rounded down, at either end."""
+    from scipy.stats import trim_mean
+
+    return float(trim_mean(values, 0.25))
+
+
+def interval(values: Float[np.ndarray, " seeds"]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the interquartile mean; the same for the same values."""
+    from scipy.stats import bootstrap, trim_mean
+
+    if len(values) < 2:
+        return math.nan, math.nan
+    found = bootstrap(
+        (values,),
+        lambda x, axis: trim_mean(x, 0.25, axis=axis),
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def common_steps(curves: Sequence[Curve]) -> list[int]:
+    """For each task, the last step that all of its curves have reached."""
+    tasks = grouped([curve for curve in curves if len(curve.step)])
+    return sorted({int(min(c.step[-1] for g in algos.values() for c in g)) for algos in tasks.values()})
+
+
+def table(curves: Sequence[Curve], steps: Sequence[int]) -> list[tuple[str, ...]]:
+    """A row of texts, under HEADER, for each task, step and algorithm that has come so far."""
+    rows = []
+    for env, algos in grouped(curves).items():
+        for step in steps:
+            for algo, group in algos.items():
+                if (found := score(group, step)) is None:
+                    continue
+                values = found.values
+                spread = "" if math.isnan(found.low) else f" [{found.low:.0f}, {found.high:.0f}]"
+                rows.append(
+                    (
+                        env, algo, thousands(float(step)), str(len(values)), f"{found.iqm:.0f}{spread}",
+                        f"{values.mean():.0f}", f"{np.median(values):.0f}",
+                        " ".join(f"{value:.0f}" for value in np.sort(values)),
+                    )
+                )  # fmt: skip
+    return rows
+
+
+HEADER = ("task", "algorithm", "step", "seeds", "IQM [95 %]", "mean", "median", "every seed")
+
+
+def picture(
+    curves: Sequence[Curve], references: Sequence[Curve], output: Path, last: int | None = None
+) -> Path:
+    """A panel for each task: the interquartile mean of each algorithm over its seeds, with its interval and
+    a thin line for each seed; references' interquartile means are dashed. `last` is where the axis ends."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    tasks, known = grouped(curves), grouped(references)
+    algos = list(dict.fromkeys(curve.algo for curve in curves))
+    others = list(dict.fromkeys(c.algo for c in references if c.env in tasks))
+    colours = {algo: COLOURS[i % len(COLOURS)] for i, algo in enumerate(algos)}
+    greys = {algo: str(0.25 + 0.5 * i / max(len(others), 1)) for i, algo in enumerate(others)}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.5 + 5.2 * len(tasks), 4.2), layout="constrained")
+        for axis, (env, by_algo) in zip(
+            figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True
+        ):
+            axis.set_title(env, loc="left", fontsize=13, fontweight="bold")
+            end = float(last or max(c.step[-1] for group in by_algo.values() for c in group if len(c.step)))
+            for algo, group in known.get(env, {}).items():
+                step, middle, _, _ = along(group, end)
+                style = {"color": greys[algo], "linestyle": (0, (4, 2)), "linewidth": 1.4}
+                axis.plot(step, middle, label=f"{algo}, {_seeds(group)} (published)", **style)
+            for algo, group in by_algo.items():
+                _draw(axis, algo, group, end, colours[algo])
+            axis.set_xlim(0, end)
+            axis.set_xlabel("environment steps")
+            axis.xaxis.set_major_formatter(thousands)
+            axis.legend(fontsize=8.5, loc="upper left")
+        figure.axes[0].set_ylabel("evaluation return, IQM and 95 % interval")
+        return write(figure, output)
+
+
+def _draw(axis: Any, algo: str, group: Sequence[Curve], end: float, colour: str) -> None:
+    for curve in group:
+        axis.plot(curve.step, curve.value, color=colour, linewidth=0.7, alpha=0.4)
+    step, middle, low, high = along(group, end)
+    axis.plot(step, middle, color=colour, linewidth=2.4, label=f"{algo}, {_seeds(group)}")
+    if len(group) > 1:
+        axis.fill_between(step, low, high, color=colour, alpha=0.16, linewidth=0)
+
+
+def along(group: Sequence[Curve], end: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Steps that all the seeds cover, up to `end`; the interquartile mean there and its interval."""
+    step, _ = mean_curve([(curve.step, curve.value) for curve in group if len(curve.step)])
+    step = np.unique(np.append(step[step < end], min(end, step[-1])))
+    scores = [found for s in step if (found := score(group, s)) is not None]
+    middle, low, high = (np.array([s[i] for s in scores]) for i in (1, 2, 3))
+    return step, middle, low, high
+
+
+def _seeds(group: Sequence[Curve]) -> str:
+    if len(group) == 1:
+        return "mean" if group[0].seed == "mean" else "1 seed"
+    return f"{len(group)} seeds"

@@ -1,0 +1,82 @@
+"""Tables and pictures over seeds, on curves worked by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mve import cli, compare
+from mve.compare import Curve
+from mve.types import UserError
+
+
+def curve(algo: str, seed: int, *values: float, env: str = "Task-v1") -> Curve:
+    step = 1000.0 * np.arange(1, len(values) + 1)
+    return Curve("gym", env, algo, str(seed), "here", step, np.array(values))
+
+
+def test_the_interquartile_mean_drops_a_quarter_at_either_end() -> None:
+    values = np.array([1000.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -1000.0])
+    assert compare.iqm(values) == (2 + 3 + 4 + 5) / 4
+    assert compare.iqm(np.array([1.0, 2.0, 6.0])) == 3.0  # a quarter of three is none
+
+
+def test_the_interval_is_that_of_a_naive_bootstrap() -> None:
+    values = np.random.default_rng(0).normal(size=8)
+    rng = np.random.default_rng(1)
+    naive = [np.sort(rng.choice(values, 8))[2:6].mean() for _ in range(20_000)]
+    low, high = compare.interval(values)
+    assert (low, high) == pytest.approx(tuple(np.percentile(naive, [2.5, 97.5])), abs=0.05)
+    assert (low, high) == compare.interval(values)
+    assert all(math.isnan(x) for x in compare.interval(values[:1]))
+
+
+def test_a_score_is_interpolated_and_leaves_out_seeds_that_have_not_come_so_far() -> None:
+    curves = [curve("a", 0, 0.0, 10.0), curve("a", 1, 4.0, 6.0), curve("a", 2, 100.0)]
+    found = compare.score(curves, 1500.0)
+    assert found is not None
+    assert sorted(found.values) == [5.0, 5.0]
+    assert compare.score(curves, 5000.0) is None
+
+
+def test_the_table_has_a_row_for_each_task_step_and_algorithm() -> None:
+    curves = [curve("a", seed, 0.0, float(seed)) for seed in range(4)]
+    curves += [curve("b", 0, 7.0, 9.0), curve("a", 0, 1.0, env="Other-v1")]
+    rows = compare.table(curves, [2000])
+    assert [row[:4] for row in rows] == [("Task-v1", "a", "2 k", "4"), ("Task-v1", "b", "2 k", "1")]
+    assert rows[0][4].startswith("2 [")  # the mean of 1 and 2, rounded
+    assert rows[0][7] == "0 1 2 3"
+    assert compare.common_steps(curves) == [1000, 2000]
+
+
+def test_what_is_written_is_read_again_and_drawn(tmp_path: Path) -> None:
+    curves = [curve("a", seed, 1.0, 2.5, float(seed)) for seed in range(3)]
+    path = compare.write_csv(curves, tmp_path / "a.csv")
+    assert path.read_text().splitlines()[:2] == [
+        "suite,env,algo,seed,step,return,source",
+        "gym,Task-v1,a,0,1000,1.00,here",
+    ]
+    again = compare.read([path])
+    for one, other in zip(curves, again, strict=True):
+        assert one[:5] == other[:5]
+        np.testing.assert_array_equal(one.value, other.value)
+    published = [curve("paper", 0, 5.0, 6.0)._replace(seed="mean")]
+    compare.write_csv(published, tmp_path / "p.csv")
+    arguments = ["compare", str(path), "--against", str(tmp_path / "p.csv"), "--at", "2000"]
+    assert cli.main([*arguments, "--output", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_a_file_of_another_form_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("env,step\nTask-v1,3\n")
+    with pytest.raises(UserError, match="no column suite, algo"):
+        compare.read([tmp_path / "x.csv"])
+    text = "suite,env,algo,seed,step,return,source\ngym,Task-v1,a,0,many,1,x\n"
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(UserError, match="cannot read"):
+        compare.read([tmp_path / "x.csv"])
+    assert cli.main(["compare", str(tmp_path / "nowhere")]) == 2
+    assert cli.main(["compare"]) == 2
