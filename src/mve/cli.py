@@ -227,7 +227,7 @@ class Compare:
             table.add_column(name, no_wrap=name != compare.HEADER[-1])
         for row in compare.table([*curves, *published], steps):
             table.add_row(*map(Text, row))
-        Console().print(table)
+        Console(width=max(Console().width, 120)).print(table)  # every seed beside the rest
         if self.csv:
             print(compare.write_csv(curves, self.csv))
         if self.output:
