@@ -20,7 +20,7 @@ Loaded = dict[str, ModuleType]
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Loaded]:
     """The modules by name. They find each other beside the script, which is on no path but its own."""
-    names = ("report", "bars", "pages", "paper", "products", "workers", "machine", "venvs")
+    names = ("report", "bars", "device_profile", "pages", "paper", "products", "workers", "machine", "venvs")
     sys.path.insert(0, str(BENCHMARKS))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -135,6 +135,22 @@ def test_bars_say_what_was_reached_and_what_fell_short(bench: Loaded) -> None:
         (pytest.approx(100 / 86), "**short**"),
         (pytest.approx(1.2), "**short**"),
     ]
+
+
+def test_gaps_are_what_no_operation_covers(bench: Loaded) -> None:
+    def event(name: str, start: float, duration: float) -> dict[str, Any]:
+        return {"ph": "X", "ts": start, "dur": duration, "name": name, "args": {"hlo_op": name}}
+
+    # dot.1 and dot.2 overlap on two streams; a gap of 3 before the fusion, of 1 before the last dot.
+    events = [event("dot.2", 2.0, 4.0), event("dot.1", 0.0, 4.0), event("fusion.7", 9.0, 1.0)]
+    events += [event("while.3", 0.0, 100.0), event("dot.1", 11.0, 1.0), {"ph": "M", "name": "lane"}]
+    profiled = bench["device_profile"]
+    found = profiled.operations(events)
+    assert [operation.name for operation in found] == ["dot.1", "dot.2", "fusion.7", "dot.1"]
+    assert profiled.busy_and_gaps(found) == (8.0, [3.0, 1.0])
+    facts = profiled.summary(found, updates=2)
+    assert (facts["operations"], facts["busy_ms"], facts["gaps_ms"]) == (2.0, 0.004, 0.002)
+    assert facts["kinds"]["dot"] == {"operations": 1.5, "ms": 0.0045}
 
 
 def test_mbpo_is_put_together_from_its_parts(bench: Loaded) -> None:
