@@ -59,8 +59,15 @@ class Linear(eqx.Module):
         return y + xp.broadcast_to(self.bias, y.shape)
 
 
+def standardise(x: Any) -> Any:
+    """Zero mean, unit variance over the last axis (Ba et al. 2016)."""
+    xp = array_module(x)
+    centred = x - xp.mean(x, axis=-1, keepdims=True)
+    return centred / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + LAYER_NORM_EPSILON)
+
+
 class LayerNorm(eqx.Module):
-    """Zero mean, unit variance over the last axis, then a learned scale and shift (Ba et al. 2016)."""
+    """`standardise`, then a learned scale and shift."""
 
     scale: jax.Array
     shift: jax.Array
@@ -71,14 +78,13 @@ class LayerNorm(eqx.Module):
 
     def __call__(self, x: Any) -> Any:
         xp = array_module(x)
-        centred = x - xp.mean(x, axis=-1, keepdims=True)
-        unit = centred / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + LAYER_NORM_EPSILON)
-        return unit * xp.broadcast_to(self.scale, x.shape) + xp.broadcast_to(self.shift, x.shape)
+        return standardise(x) * xp.broadcast_to(self.scale, x.shape) + xp.broadcast_to(self.shift, x.shape)
 
 
 class MLP(eqx.Module):
     """Hidden layers with an optional LayerNorm before each activation, then a linear output.
 
+    `norm_inputs` standardises what every layer but the first is given, with no parameters (DHMBPO).
     `side_layer` says which layer a second input, if there is one, is joined to: 0 is the first; the
     MVE authors' critic takes the action at layer 1, after the first hidden layer.
     """
@@ -87,6 +93,7 @@ class MLP(eqx.Module):
     norms: tuple[LayerNorm, ...]
     activation: Activation = eqx.field(static=True)
     side_layer: int = eqx.field(static=True)
+    norm_inputs: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -99,6 +106,7 @@ class MLP(eqx.Module):
         side_layer: int = 0,
         activation: Activation = "relu",
         layer_norm: bool = False,
+        norm_inputs: bool = False,
         hidden_gain: float = 1.0,
         output_gain: float = 1.0,
     ):
@@ -114,9 +122,12 @@ class MLP(eqx.Module):
         self.norms = tuple(LayerNorm(width) for width in hidden) if layer_norm else ()
         self.activation = activation
         self.side_layer = side_layer
+        self.norm_inputs = norm_inputs
 
     def __call__(self, x: Any, side: Any = None) -> Any:
         for i, layer in enumerate(self.layers):
+            if i > 0 and self.norm_inputs:
+                x = standardise(x)
             if side is not None and i == self.side_layer:
                 x = array_module(x).concatenate([x, side], axis=-1)
             x = layer(x)

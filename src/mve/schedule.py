@@ -13,19 +13,32 @@ from mve.config import Config
 from mve.types import UserError
 
 EPISODES_IN_BUDGET, BUDGET_WITHOUT_LIMIT = 25, 25_000
+SMALLEST_DISCOUNT, LARGEST_DISCOUNT = 0.95, 0.995  # of those that come from the episode's length
 SHORT_BUDGET = 100_000  # environment steps below which evaluations come every 1000 steps
 
 
 def with_budgets(config: Config, max_episode_steps: int | None) -> Config:
-    """Numbers in place of 0 for the settings that depend on the task."""
+    """Numbers for the settings that depend on the task: in place of 0, or of a discount by the episode."""
     default = EPISODES_IN_BUDGET * max_episode_steps if max_episode_steps else BUDGET_WITHOUT_LIMIT
     total = config.train.total_steps or default
     interval = config.evaluate.interval_steps or (1000 if total < SHORT_BUDGET else 5000)
+    discount = config.targets.discount
+    if discount == "episode":
+        discount = discount_of(max_episode_steps)
     return replace(
         config,
+        targets=replace(config.targets, discount=discount),
         train=replace(config.train, total_steps=total),
         evaluate=replace(config.evaluate, interval_steps=interval),
     )
+
+
+def discount_of(max_episode_steps: int | None) -> float:
+    """clip((L/5 - 1)/(L/5), 0.95, 0.995): 0.95 up to 100 steps, 0.975 at 200, 0.995 from 1000 on."""
+    if max_episode_steps is None:
+        return LARGEST_DISCOUNT
+    fifth = max_episode_steps / 5
+    return min(max((fifth - 1) / fifth, SMALLEST_DISCOUNT), LARGEST_DISCOUNT)
 
 
 def check(config: Config, fits_model: bool) -> None:
