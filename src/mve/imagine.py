@@ -20,6 +20,9 @@ class ImaginationConfig:
     """Real states, drawn from replay, from which one round of rollouts starts; 0: there is no buffer."""
     interval_steps: Positive = 20
     """Environment steps between rounds, the first of which comes as the agent begins to learn."""
+    interval_updates: Count = 0
+    """Updates of the agent between rounds, where several follow one real step (DHMBPO: 20); where it is set
+    interval_steps is not read. Updates of the critics alone have rounds of their own."""
     length: tuple[Positive, Positive] = (1, 1)
     """Model steps of a rollout, at the beginning and the end of `length_ramp`; whole numbers between."""
     length_ramp: tuple[Count, Count] = (0, 1)
@@ -93,3 +96,8 @@ def as_transition(imagined: Imagined, start: Transition) -> Transition:
         next_obs=imagined.obs[1],
         continuation=imagined.continuation[0],
     )
+
+
+def after_first(imagined: Imagined) -> Imagined:
+    """What follows the first step of a rollout: a rollout from the states that it led to."""
+    return jax.tree.map(lambda x: x[1:], imagined)

@@ -90,14 +90,18 @@ def _check_estimator(config: Config) -> None:
 
 
 def updates_due(config: Config, step: int) -> int:
-    """Updates of the agent owed by a step."""
-    return _due(step, config.train.learning_starts, config.train.updates_per_step)
+    """Updates of the agent owed by a step: a first burst, then a steady rate."""
+    train = config.train
+    first = train.initial_updates if step > train.learning_starts else 0
+    return first + _due(step, train.learning_starts, train.updates_per_step)
 
 
 def rounds_due(config: Config, step: int) -> int:
     """Rounds of rollouts into the imagination buffer owed by a step: one to begin with, so that the first
     update finds it filled, then one an interval."""
     since = step - config.train.learning_starts
+    if config.imagination.interval_updates:
+        return 0  # they come with the updates
     return since // config.imagination.interval_steps + 1 if since > 0 else 0
 
 
@@ -108,11 +112,24 @@ def fits_due(config: Config, step: int) -> int:
     """
     dynamics = config.dynamics
     if dynamics.interval_steps:
-        refits = max(step - dynamics.learning_starts, 0) // dynamics.interval_steps
-        later = refits * dynamics.fits_per_refit
+        later = _intervals(config, step) * dynamics.fits_per_refit
     else:
         later = _due(step, dynamics.learning_starts, dynamics.fits_per_step)
     return later + (dynamics.initial_fits if step > dynamics.learning_starts else 0)
+
+
+def refits_due(config: Config, step: int) -> int:
+    """First fits and refits of the model by a step, those before the agent learns left out: a steady fit
+    has its first burst alone."""
+    dynamics, starts = config.dynamics, config.train.learning_starts
+    if step <= starts:
+        return 0
+    refits = _intervals(config, step) - _intervals(config, starts) if dynamics.interval_steps else 0
+    return refits + 1
+
+
+def _intervals(config: Config, step: int) -> int:
+    return max(step - config.dynamics.learning_starts, 0) // config.dynamics.interval_steps
 
 
 def _due(step: int, starts: int, per_step: float) -> int:
