@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Annotated, Literal
 
 import equinox as eqx
@@ -244,7 +244,10 @@ class SAC(Agent):
             def value(obs: Array, key: Key) -> tuple[Array, Array]:
                 action, bonus = self._policy_of(actor)(obs, key)
                 values = self._values(critic, obs, action)
-                value = jnp.min(values, axis=0) if cfg.actor_value == "least" else jnp.mean(values, axis=0)
+                # Not jnp.min, whose derivative divides by how many values equal the least: none of them do
+                # where the compiler has computed them twice and rounded differently.
+                least = reduce(jnp.minimum, [*values]) if cfg.actor_value == "least" else None
+                value = jnp.mean(values, axis=0) if least is None else least
                 return value + bonus, bonus
 
             return value
