@@ -63,6 +63,16 @@ def test_standardising_takes_mean_and_spread_of_a_row_away() -> None:
     )
 
 
+def test_the_derivative_of_standardising_is_that_of_its_formula() -> None:
+    x, weight = jax.random.normal(jax.random.key(0), (2, 3, 5))
+
+    def formula(x: jax.Array) -> jax.Array:
+        return (x - jnp.mean(x, -1, keepdims=True)) / jnp.sqrt(jnp.var(x, -1, keepdims=True) + 1e-5)
+
+    got, wanted = (jax.grad(lambda x, f=f: jnp.sum(weight * f(x)))(x) for f in (standardise, formula))
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_every_layer_but_the_first_is_given_standardised_inputs() -> None:
     net = MLP(2, 1, (4, 4), norm_inputs=True, activation="silu", key=jax.random.key(0))
     x = jnp.array([[0.5, -2.0]])

@@ -85,7 +85,8 @@ def imagine_once(state: TrainState, recipe: Recipe, key: Key) -> Shared:
     step_fn = model_step(state, recipe, rollout_key)
 
     def rollout(actor: Any) -> Imagined:
-        return imagine.rollout(step_fn, policy_of(actor), start.obs, recipe.agent.model_steps, rollout_key)
+        policy, steps = policy_of(actor), recipe.agent.model_steps
+        return imagine.rollout(step_fn, policy, start.obs, steps, rollout_key, unrolled=True)
 
     whole, pull_back = jax.vjp(rollout, actor)
     return Shared(imagine.as_transition(whole, start), imagine.after_first(whole), whole, pull_back)

@@ -49,12 +49,17 @@ def rollout(
     start_obs: Float[Array, " *batch S"],
     horizon_steps: int,
     key: Key,
+    *,
+    unrolled: bool = False,
 ) -> Imagined:
     """H steps of the model under the policy, from each start state.
 
     a_t = policy_fn(s_t);  s_{t+1}, r_t, c_t = step_fn(s_t, a_t),  t = 0..H-1, s_0 = start_obs.
 
     The draws of step t depend on `key` and t only, so a longer rollout begins with the shorter one.
+    `unrolled` is faster to differentiate by the policy, whose gradient a loop would carry along and add to
+    at every step, and slower to compile.
+
     Steps after a predicted termination are imagined all the same: `continuation` 0 cuts them off in
     every estimator.
     """
@@ -66,7 +71,7 @@ def rollout(
         return next_obs, (next_obs, action, reward, continuation, bonus)
 
     _, (next_obs, action, reward, continuation, bonus) = jax.lax.scan(
-        step, start_obs, jnp.arange(horizon_steps)
+        step, start_obs, jnp.arange(horizon_steps), unroll=max(horizon_steps, 1) if unrolled else 1
     )
     return Imagined(
         obs=jnp.concatenate([start_obs[None], next_obs]),
