@@ -25,6 +25,8 @@ SMALL = (
 BUFFER = ("imagination.starts=32", "imagination.interval_steps=40", "imagination.rounds_kept=2")
 REFITS = ("dynamics.interval_steps=50", "dynamics.fits_per_refit=20")
 
+BURST = ("train.initial_updates=0", "agent.critic_updates=5", "dynamics.weight_decay_by_layer=[0.5,1]")
+
 
 def settings_of(algo: str) -> list[str]:
     settings = list(SMALL)
@@ -32,6 +34,8 @@ def settings_of(algo: str) -> list[str]:
         settings += BUFFER
     if "dynamics.interval_steps" in PRESETS[algo].settings:
         settings += REFITS
+    if "train.initial_updates" in PRESETS[algo].settings:
+        settings += BURST
     return settings
 
 

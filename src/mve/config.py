@@ -45,6 +45,8 @@ class TrainConfig:
     """Environment steps before the first update of the agent (released code of the paper: 10 000)."""
     updates_per_step: NonNegative = 1.0
     """Updates of the agent per environment step (paper: 4)."""
+    initial_updates: Count = 0
+    """Updates of the agent as it begins to learn, on top of the steady rate (DHMBPO: 4000)."""
     overlap: bool = True
     """Collect a block while the device learns from the one before: the policy acts one block behind."""
     warmup: Literal["uniform", "policy"] = "uniform"

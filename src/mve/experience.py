@@ -5,6 +5,9 @@ Replay, model and policy meet here; `train.update_step` only asks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -33,10 +36,7 @@ def sample_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
         return replay.sample(state.replay, (size,), key)
     real_key, imagined_key, share_key, step_key = jax.random.split(key, 4)
     real = replay.sample(state.replay, (size,), real_key)
-    newest = imagine.rollout_length(imagination, state.num_env_steps) * (
-        imagination.starts * imagination.rounds_kept
-    )
-    dreamt = replay.sample(state.imagined, (size,), imagined_key, newest)
+    dreamt = _imagined_batch(state, recipe, imagined_key)
     if imagination.first_step == "imagined":
         step_fn = model_step(state, recipe, step_key)
         dreamt = _first_step(dreamt, state.agent.target_policy, step_fn, step_key)
@@ -51,9 +51,45 @@ def sample_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
     return jax.tree.map(choose, real, dreamt)
 
 
+def _imagined_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
+    """Rows of the rounds that are kept."""
+    assert state.imagined is not None
+    kept = recipe.imagination.starts * recipe.imagination.rounds_kept
+    newest = kept * imagine.rollout_length(recipe.imagination, state.num_env_steps)
+    return replay.sample(state.imagined, (recipe.agent.batch_size,), key, newest)
+
+
 def _first_step(rows: Transition, policy: PolicyFn, step_fn: StepFn, key: Key) -> Transition:
     """What the policy and the model make of the rows' states: another action, reward and next state."""
     return imagine.as_transition(imagine.rollout(step_fn, policy, rows.obs, 1, key), rows)
+
+
+class Shared(NamedTuple):
+    """One rollout from imagined states: the critic's row, what lies ahead of it, and the actor's way back."""
+
+    batch: Transition  # its first steps
+    ahead: Imagined  # the others
+    whole: Imagined
+    pull_back: Callable[[Imagined], tuple[Any]]
+
+
+def imagine_once(state: TrainState, recipe: Recipe, key: Key) -> Shared:
+    """A rollout under the actor in training from a batch of the imagination buffer's states.
+
+    The forward pass serves critic and actor alike (the training rollout of Kubo et al. 2025): its
+    derivative by the actor is kept, to be asked for once the critics have moved.
+    """
+    start_key, rollout_key = jax.random.split(key)
+    start = _imagined_batch(state, recipe, start_key)
+    actor, policy_of = state.agent.acting()
+    step_fn = model_step(state, recipe, rollout_key)
+
+    def rollout(actor: Any) -> Imagined:
+        policy, steps = policy_of(actor), recipe.agent.model_steps
+        return imagine.rollout(step_fn, policy, start.obs, steps, rollout_key, unrolled=True)
+
+    whole, pull_back = jax.vjp(rollout, actor)
+    return Shared(imagine.as_transition(whole, start), imagine.after_first(whole), whole, pull_back)
 
 
 def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics]:

@@ -20,6 +20,9 @@ class ImaginationConfig:
     """Real states, drawn from replay, from which one round of rollouts starts; 0: there is no buffer."""
     interval_steps: Positive = 20
     """Environment steps between rounds, the first of which comes as the agent begins to learn."""
+    interval_updates: Count = 0
+    """Updates of the agent between rounds, where several follow one real step (DHMBPO: 20); where it is set
+    interval_steps is not read. Updates of the critics alone have rounds of their own."""
     length: tuple[Positive, Positive] = (1, 1)
     """Model steps of a rollout, at the beginning and the end of `length_ramp`; whole numbers between."""
     length_ramp: tuple[Count, Count] = (0, 1)
@@ -46,12 +49,17 @@ def rollout(
     start_obs: Float[Array, " *batch S"],
     horizon_steps: int,
     key: Key,
+    *,
+    unrolled: bool = False,
 ) -> Imagined:
     """H steps of the model under the policy, from each start state.
 
     a_t = policy_fn(s_t);  s_{t+1}, r_t, c_t = step_fn(s_t, a_t),  t = 0..H-1, s_0 = start_obs.
 
     The draws of step t depend on `key` and t only, so a longer rollout begins with the shorter one.
+    `unrolled` is faster to differentiate by the policy, whose gradient a loop would carry along and add to
+    at every step, and slower to compile.
+
     Steps after a predicted termination are imagined all the same: `continuation` 0 cuts them off in
     every estimator.
     """
@@ -63,7 +71,7 @@ def rollout(
         return next_obs, (next_obs, action, reward, continuation, bonus)
 
     _, (next_obs, action, reward, continuation, bonus) = jax.lax.scan(
-        step, start_obs, jnp.arange(horizon_steps)
+        step, start_obs, jnp.arange(horizon_steps), unroll=max(horizon_steps, 1) if unrolled else 1
     )
     return Imagined(
         obs=jnp.concatenate([start_obs[None], next_obs]),
@@ -93,3 +101,8 @@ def as_transition(imagined: Imagined, start: Transition) -> Transition:
         next_obs=imagined.obs[1],
         continuation=imagined.continuation[0],
     )
+
+
+def after_first(imagined: Imagined) -> Imagined:
+    """What follows the first step of a rollout: a rollout from the states that it led to."""
+    return jax.tree.map(lambda x: x[1:], imagined)

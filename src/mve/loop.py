@@ -178,8 +178,12 @@ class Loop:
         return Due.of(
             rows=step - before,
             fits=schedule.fits_due(config, step) - schedule.fits_due(config, before) if fits_model else 0,
+            refits=schedule.refits_due(config, step) - schedule.refits_due(config, before)
+            if fits_model
+            else 0,
             rounds=schedule.rounds_due(config, step) - schedule.rounds_due(config, before),
             updates=schedule.updates_due(config, step) - schedule.updates_due(config, before),
+            updated=schedule.updates_due(config, before),
         )
 
     def _read(self) -> None:

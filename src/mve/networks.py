@@ -37,7 +37,7 @@ def activate(x: Any, activation: Activation) -> Any:
     if activation == "relu":
         return xp.maximum(x, 0.0)
     if activation == "silu":
-        return x / (1.0 + xp.exp(-x))
+        return x * (0.5 + 0.5 * xp.tanh(0.5 * x))  # x / (1 + exp(-x)), without the division
     return xp.tanh(x)
 
 
@@ -59,8 +59,41 @@ class Linear(eqx.Module):
         return y + xp.broadcast_to(self.bias, y.shape)
 
 
+def standardise(x: Any) -> Any:
+    """Zero mean, unit variance over the last axis (Ba et al. 2016)."""
+    return _standardised(x)[0] if isinstance(x, np.ndarray) else _standardise(x)
+
+
+def _standardised(x: Any) -> tuple[Any, Any]:
+    """y = (x - mean) / std, and 1 / std."""
+    xp = array_module(x)
+    centred = x - xp.mean(x, axis=-1, keepdims=True)
+    scale = 1.0 / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + LAYER_NORM_EPSILON)
+    return centred * scale, scale
+
+
+@jax.custom_vjp
+def _standardise(x: Array) -> Array:
+    return _standardised(x)[0]
+
+
+def _standardise_forwards(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    y, scale = _standardised(x)
+    return y, (y, scale)
+
+
+def _standardise_backwards(kept: tuple[Array, Array], g: Array) -> tuple[Array]:
+    """dx = (g - mean(g) - y mean(g y)) / std: two passes where differentiating the formula takes four."""
+    y, scale = kept
+    along = jnp.mean(g * y, axis=-1, keepdims=True)
+    return (scale * (g - jnp.mean(g, axis=-1, keepdims=True) - y * along),)
+
+
+_standardise.defvjp(_standardise_forwards, _standardise_backwards)
+
+
 class LayerNorm(eqx.Module):
-    """Zero mean, unit variance over the last axis, then a learned scale and shift (Ba et al. 2016)."""
+    """`standardise`, then a learned scale and shift."""
 
     scale: jax.Array
     shift: jax.Array
@@ -71,14 +104,13 @@ class LayerNorm(eqx.Module):
 
     def __call__(self, x: Any) -> Any:
         xp = array_module(x)
-        centred = x - xp.mean(x, axis=-1, keepdims=True)
-        unit = centred / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + LAYER_NORM_EPSILON)
-        return unit * xp.broadcast_to(self.scale, x.shape) + xp.broadcast_to(self.shift, x.shape)
+        return standardise(x) * xp.broadcast_to(self.scale, x.shape) + xp.broadcast_to(self.shift, x.shape)
 
 
 class MLP(eqx.Module):
     """Hidden layers with an optional LayerNorm before each activation, then a linear output.
 
+    `norm_inputs` standardises what every layer but the first is given, with no parameters (DHMBPO).
     `side_layer` says which layer a second input, if there is one, is joined to: 0 is the first; the
     MVE authors' critic takes the action at layer 1, after the first hidden layer.
     """
@@ -87,6 +119,7 @@ class MLP(eqx.Module):
     norms: tuple[LayerNorm, ...]
     activation: Activation = eqx.field(static=True)
     side_layer: int = eqx.field(static=True)
+    norm_inputs: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -99,6 +132,7 @@ class MLP(eqx.Module):
         side_layer: int = 0,
         activation: Activation = "relu",
         layer_norm: bool = False,
+        norm_inputs: bool = False,
         hidden_gain: float = 1.0,
         output_gain: float = 1.0,
     ):
@@ -114,9 +148,12 @@ class MLP(eqx.Module):
         self.norms = tuple(LayerNorm(width) for width in hidden) if layer_norm else ()
         self.activation = activation
         self.side_layer = side_layer
+        self.norm_inputs = norm_inputs
 
     def __call__(self, x: Any, side: Any = None) -> Any:
         for i, layer in enumerate(self.layers):
+            if i > 0 and self.norm_inputs:
+                x = standardise(x)
             if side is not None and i == self.side_layer:
                 x = array_module(x).concatenate([x, side], axis=-1)
             x = layer(x)

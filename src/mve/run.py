@@ -23,6 +23,7 @@ from mve.envs.base import EnvSpec, Episode, Snapshot
 from mve.envs.host import HostEnv
 from mve.envs.known import never
 from mve.evaluate import Evaluation, evaluate
+from mve.imagine import ImaginationConfig
 from mve.policies import Policy
 from mve.state import Capacity, Progress, Recipe
 from mve.types import Json, Known, RewardFn, StepFn, TerminationFn, Transition, UserError
@@ -92,9 +93,7 @@ class Run:
         uses = {
             f"H = {cfg.targets.imagined_steps}": cfg.targets.imagined_steps,
             f"actor through {cfg.agent.model_steps} model steps": cfg.agent.model_steps,
-            f"{cfg.imagination.starts} rollouts every {cfg.imagination.interval_steps} steps": (
-                cfg.imagination.starts
-            ),
+            f"{cfg.imagination.starts} rollouts every {_interval(cfg.imagination)}": cfg.imagination.starts,
         }
         used = ", ".join(what for what, count in uses.items() if count)
         if self.recipe.simulator is not None:
@@ -107,7 +106,8 @@ class Run:
     def capacity(self) -> Capacity:
         """No more than the budget of steps can fill."""
         total, imagination = self.config.train.total_steps, self.config.imagination
-        most = schedule.rounds_due(self.config, total) * imagination.starts * max(imagination.length)
+        rounds = schedule.rounds_due(self.config, total) or imagination.rounds_kept
+        most = rounds * imagination.starts * max(imagination.length)
         return Capacity(min(self.config.replay.capacity, total), min(imagination.capacity, most))
 
     # Acting
@@ -226,6 +226,11 @@ class Run:
         if why := self.env.snapshot_obstacle:
             self.env.abandon()
         return why
+
+
+def _interval(imagination: ImaginationConfig) -> str:
+    updates = imagination.interval_updates
+    return f"{updates} updates" if updates else f"{imagination.interval_steps} steps"
 
 
 def _known(settings: DynamicsConfig, spec: EnvSpec, name: str) -> Known:

@@ -13,19 +13,32 @@ from mve.config import Config
 from mve.types import UserError
 
 EPISODES_IN_BUDGET, BUDGET_WITHOUT_LIMIT = 25, 25_000
+SMALLEST_DISCOUNT, LARGEST_DISCOUNT = 0.95, 0.995  # of those that come from the episode's length
 SHORT_BUDGET = 100_000  # environment steps below which evaluations come every 1000 steps
 
 
 def with_budgets(config: Config, max_episode_steps: int | None) -> Config:
-    """Numbers in place of 0 for the settings that depend on the task."""
+    """Numbers for the settings that depend on the task: in place of 0, or of a discount by the episode."""
     default = EPISODES_IN_BUDGET * max_episode_steps if max_episode_steps else BUDGET_WITHOUT_LIMIT
     total = config.train.total_steps or default
     interval = config.evaluate.interval_steps or (1000 if total < SHORT_BUDGET else 5000)
+    discount = config.targets.discount
+    if discount == "episode":
+        discount = discount_of(max_episode_steps)
     return replace(
         config,
+        targets=replace(config.targets, discount=discount),
         train=replace(config.train, total_steps=total),
         evaluate=replace(config.evaluate, interval_steps=interval),
     )
+
+
+def discount_of(max_episode_steps: int | None) -> float:
+    """clip((L/5 - 1)/(L/5), 0.95, 0.995): 0.95 up to 100 steps, 0.975 at 200, 0.995 from 1000 on."""
+    if max_episode_steps is None:
+        return LARGEST_DISCOUNT
+    fifth = max_episode_steps / 5
+    return min(max((fifth - 1) / fifth, SMALLEST_DISCOUNT), LARGEST_DISCOUNT)
 
 
 def check(config: Config, fits_model: bool) -> None:
@@ -77,14 +90,18 @@ def _check_estimator(config: Config) -> None:
 
 
 def updates_due(config: Config, step: int) -> int:
-    """Updates of the agent owed by a step."""
-    return _due(step, config.train.learning_starts, config.train.updates_per_step)
+    """Updates of the agent owed by a step: a first burst, then a steady rate."""
+    train = config.train
+    first = train.initial_updates if step > train.learning_starts else 0
+    return first + _due(step, train.learning_starts, train.updates_per_step)
 
 
 def rounds_due(config: Config, step: int) -> int:
     """Rounds of rollouts into the imagination buffer owed by a step: one to begin with, so that the first
     update finds it filled, then one an interval."""
     since = step - config.train.learning_starts
+    if config.imagination.interval_updates:
+        return 0  # they come with the updates
     return since // config.imagination.interval_steps + 1 if since > 0 else 0
 
 
@@ -95,11 +112,24 @@ def fits_due(config: Config, step: int) -> int:
     """
     dynamics = config.dynamics
     if dynamics.interval_steps:
-        refits = max(step - dynamics.learning_starts, 0) // dynamics.interval_steps
-        later = refits * dynamics.fits_per_refit
+        later = _intervals(config, step) * dynamics.fits_per_refit
     else:
         later = _due(step, dynamics.learning_starts, dynamics.fits_per_step)
     return later + (dynamics.initial_fits if step > dynamics.learning_starts else 0)
+
+
+def refits_due(config: Config, step: int) -> int:
+    """First fits and refits of the model by a step, those before the agent learns left out: a steady fit
+    has its first burst alone."""
+    dynamics, starts = config.dynamics, config.train.learning_starts
+    if step <= starts:
+        return 0
+    refits = _intervals(config, step) - _intervals(config, starts) if dynamics.interval_steps else 0
+    return refits + 1
+
+
+def _intervals(config: Config, step: int) -> int:
+    return max(step - config.dynamics.learning_starts, 0) // config.dynamics.interval_steps
 
 
 def _due(step: int, starts: int, per_step: float) -> int:

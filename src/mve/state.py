@@ -38,6 +38,19 @@ class Recipe:
         return self.targets.imagined_steps > 0 or self.agent.model_steps > 0 or self.imagination.starts > 0
 
     @property
+    def shares_rollout(self) -> bool:
+        """Whether the critic's targets and the actor's objective are of the same imagined steps, made once:
+        the same policy takes as many in both, and the first of them is imagined for both."""
+        imagined = self.imagination.starts > 0 and self.imagination.first_step == "imagined"
+        return (
+            imagined
+            and self.imagination.real_share == 0
+            and self.agent.targets_by_current_actor
+            and self.agent.model_steps == 1 + self.targets.imagined_steps
+            and not (self.targets.keeps_members or self.targets.reads_segments)
+        )
+
+    @property
     def fits_model(self) -> bool:
         return self.uses_model and self.simulator is None
 

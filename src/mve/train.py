@@ -20,16 +20,20 @@ from jaxtyping import Array
 from mve import dynamics, experience, imagine, replay, targets
 from mve.agents import Agent
 from mve.policies import Policy
+from mve.replay import Replay
 from mve.state import Recipe, TrainState
 from mve.targets import Calibration, calibration
 from mve.types import (
     ActorValueFn,
     CriticTargets,
     EstimatorFns,
+    Imagined,
     Key,
     Metrics,
     ObjectiveFn,
     PolicyFn,
+    Segment,
+    SharedObjective,
     StepFn,
     Transition,
 )
@@ -46,26 +50,53 @@ class Due(NamedTuple):
 
     rows: Array  # of the block that are real; the others are padding
     fits: Array  # minibatches of the model
+    refits: Array  # of the model: 1 where a first fit or a refit is among them
     rounds: Array  # of rollouts into the imagination buffer
     updates: Array  # of the agent
+    updated: Array  # updates before this block
 
     @classmethod
-    def of(cls, *, rows: int, fits: int = 0, rounds: int = 0, updates: int = 0) -> Due:
-        return cls(*(cast(Array, np.int32(n)) for n in (rows, fits, rounds, updates)))
+    def of(
+        cls, *, rows: int, fits: int = 0, refits: int = 0, rounds: int = 0, updates: int = 0, updated: int = 0
+    ) -> Due:
+        numbers = (rows, fits, refits, rounds, updates, updated)
+        return cls(*(cast(Array, np.int32(n)) for n in numbers))
 
 
-def update_step(state: TrainState, recipe: Recipe, key: Key) -> tuple[Agent, Metrics]:
+def update_step(
+    state: TrainState, recipe: Recipe, key: Key, *, critics_only: bool = False
+) -> tuple[Agent, Metrics]:
     """One gradient step of the agent: sample, imagine (or recall), estimate, improve."""
     sample_key, imagine_key, value_key, agent_key = jax.random.split(key, 4)
+    steps, discount = recipe.agent.model_steps, recipe.targets.discount
 
-    batch, recalled = experience.recall(state, recipe, sample_key)
-    ahead = experience.imagine_ahead(state, recipe, batch, imagine_key) if recalled is None else recalled
+    if recipe.shares_rollout:
+        batch, ahead, imagined, pull_back = experience.imagine_once(state, recipe, imagine_key)
+        objective = SharedObjective(imagined, pull_back, partial(worth, discount=discount, key=sample_key))
+    else:
+        batch, recalled = experience.recall(state, recipe, sample_key)
+        ahead = experience.imagine_ahead(state, recipe, batch, imagine_key) if recalled is None else recalled
+        objective = actor_objective(partial(experience.model_step, state, recipe), steps, discount)
+    state = told_gains(state, recipe, batch, ahead)
     critic_targets = targets.estimate(batch, ahead, estimator_fns(state, value_key), recipe.targets)
-    step_of = partial(experience.model_step, state, recipe)
-    objective = actor_objective(step_of, recipe.agent.model_steps, recipe.targets.discount)
-    agent, metrics = state.agent.update(critic_targets, batch.obs, objective, agent_key)
+    asked = None if critics_only else objective
+    agent, metrics = state.agent.update(critic_targets, batch.obs, asked, agent_key)
 
     return agent, metrics | _target_metrics(critic_targets, recipe)
+
+
+def told_gains(state: TrainState, recipe: Recipe, batch: Transition, ahead: Imagined | Segment) -> TrainState:
+    """The agent knows what the steps that its targets are made of earn, if it wants to.
+
+    Where no step is imagined the real ones' rewards stand alone: nobody knows the bonus of a recorded action.
+    """
+    if not recipe.agent.scales_values:
+        return state
+    gain = batch.reward
+    if isinstance(ahead, Imagined) and recipe.targets.imagined_steps:
+        gain = jnp.expand_dims(ahead.bonus, 1) if recipe.targets.keeps_members else ahead.bonus
+        gain = ahead.reward + jnp.broadcast_to(gain, ahead.reward.shape)
+    return replace(state, agent=state.agent.told(gain, recipe.targets.discount))
 
 
 def estimator_fns(state: TrainState, key: Key) -> EstimatorFns:
@@ -92,11 +123,16 @@ def actor_objective(step_of: Callable[[Key], StepFn], steps: int, discount: floa
             return value(obs, key)
         imagine_key, value_key = jax.random.split(key)
         imagined = imagine.rollout(step_of(imagine_key), policy, obs, steps, imagine_key)
-        tail, _ = value(imagined.obs[-1], value_key)
-        reward = imagined.reward + imagined.bonus
-        return targets.returns_to_go(reward, discount * imagined.continuation, tail)[0], imagined.bonus[0]
+        return worth(imagined, value, discount=discount, key=value_key)
 
     return expanded
+
+
+def worth(imagined: Imagined, value: ActorValueFn, *, discount: float, key: Key) -> tuple[Array, Array]:
+    """J of the start states of a rollout (B,), and the bonuses of their actions (B,)."""
+    tail, _ = value(imagined.obs[-1], key)
+    reward = imagined.reward + imagined.bonus
+    return targets.returns_to_go(reward, discount * imagined.continuation, tail)[0], imagined.bonus[0]
 
 
 def _target_metrics(critic_targets: CriticTargets, recipe: Recipe) -> Metrics:
@@ -156,17 +192,67 @@ def learn_block(state: TrainState, block: Transition, due: Due, recipe: Recipe) 
         sample_fn = partial(replay.sample, memory)
         model, fit_metrics = dynamics.fit(model, sample_fn, recipe.dynamics, due.fits, fit_key)
         metrics |= fit_metrics
-    state = replace(state, replay=memory, model=model)
-    if state.imagined is not None:
-        fill = lambda buffer, key: experience.branch(replace(state, imagined=buffer), recipe, key)  # noqa: E731
-        buffer, branch_metrics = _repeat(fill, state.imagined, due.rounds, branch_key)
-        state = replace(state, imagined=buffer)
-        metrics |= branch_metrics | {"imagination/rows": buffer.size.astype(jnp.float32)}
-    update = lambda agent, key: update_step(replace(state, agent=agent), recipe, key)  # noqa: E731
-    agent, update_metrics = _repeat(update, state.agent, due.updates, update_key)
+    agent = state.agent.observed(block, due.rows)
+    state = replace(state, replay=memory, model=model, agent=agent)
+    state, update_metrics = improve(state, due, recipe, branch_key, update_key)
+    return replace(state, num_env_steps=state.num_env_steps + due.rows), metrics | update_metrics
 
-    state = replace(state, agent=agent, num_env_steps=state.num_env_steps + due.rows)
+
+def improve(
+    state: TrainState, due: Due, recipe: Recipe, branch_key: Key, update_key: Key
+) -> tuple[TrainState, Metrics]:
+    """The rounds and updates that a block is followed by, and what a refit of the model brings with it."""
+    metrics: Metrics = {}
+    if recipe.agent.reset_optimisers:
+        renewed = state.agent.with_new_optimisers()
+        chosen = jax.tree.map(partial(jnp.where, due.refits > 0), renewed, state.agent)
+        state = replace(state, agent=chosen)
+    if state.imagined is not None and not recipe.imagination.interval_updates:
+        fill = lambda buffer, key: experience.branch(replace(state, imagined=buffer), recipe, key)  # noqa: E731
+        buffer, _ = _repeat(fill, state.imagined, due.rounds, branch_key)
+        state = replace(state, imagined=buffer)
+    if recipe.agent.critic_updates:
+        critic_key, update_key = jax.random.split(update_key)
+        count = due.refits * recipe.agent.critic_updates
+        state, _ = _updated(state, recipe, count, jnp.int32(0), critic_key, critics_only=True)
+    state, update_metrics = _updated(state, recipe, due.updates, due.updated, update_key)
+    if state.imagined is not None:
+        metrics["imagination/length"] = imagine.rollout_length(
+            recipe.imagination, state.num_env_steps
+        ).astype(jnp.float32)
+        metrics["imagination/rows"] = state.imagined.size.astype(jnp.float32)
     return state, metrics | update_metrics
+
+
+def _updated(
+    state: TrainState, recipe: Recipe, times: Array, before: Array, key: Key, *, critics_only: bool = False
+) -> tuple[TrainState, Metrics]:
+    """So many updates, with rounds of rollouts among them if they come by updates; `before` came earlier."""
+
+    step = partial(update_step, recipe=recipe, critics_only=critics_only)
+    every = recipe.imagination.interval_updates
+    if state.imagined is None or not every:
+        update = lambda agent, key: step(replace(state, agent=agent), key=key)  # noqa: E731
+        agent, metrics = _repeat(update, state.agent, times, key)
+        return replace(state, agent=agent), metrics
+
+    def leg(carry: tuple[Agent, Replay, Array, Metrics]) -> tuple[Agent, Replay, Array, Metrics]:
+        agent, buffer, done, total = carry
+        fill_key, leg_key = jax.random.split(jax.random.fold_in(key, done))
+        here, since = replace(state, agent=agent), (before + done) % every
+        fill = lambda buffer, key: experience.branch(replace(here, imagined=buffer), recipe, key)  # noqa: E731
+        buffer, _ = _repeat(fill, buffer, (since == 0).astype(jnp.int32), fill_key)
+        count = jnp.minimum(every - since, times - done)
+        here = replace(here, imagined=buffer)
+        update = lambda agent, key: step(replace(here, agent=agent), key=key)  # noqa: E731
+        agent, metrics = _repeat(update, agent, count, leg_key)
+        share = count.astype(jnp.float32) / jnp.maximum(times, 1).astype(jnp.float32)
+        return agent, buffer, done + count, jax.tree.map(lambda a, b: a + share * b, total, metrics)
+
+    zeros = _zeros_like(jax.eval_shape(lambda key: step(state, key=key)[1], key))
+    start = (state.agent, state.imagined, jnp.int32(0), zeros)
+    agent, buffer, _, metrics = jax.lax.while_loop(lambda carry: carry[2] < times, leg, start)
+    return replace(state, agent=agent, imagined=buffer), metrics
 
 
 # `learn_block` compiled; the state is donated.
@@ -177,7 +263,7 @@ def _repeat(
     step: Callable[[State, Key], tuple[State, Metrics]], state: State, times: Array, key: Key
 ) -> tuple[State, Metrics]:
     """Apply `step` so many times, with a key for each; metrics are averaged over them."""
-    zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(step, state, key)[1])
+    zeros = _zeros_like(jax.eval_shape(step, state, key)[1])
 
     def body(i: Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
         state, total = carry
@@ -187,6 +273,10 @@ def _repeat(
     state, total = jax.lax.fori_loop(0, times, body, (state, zeros))
     count = jnp.maximum(times, 1).astype(jnp.float32)
     return state, jax.tree.map(lambda m: m / count, total)
+
+
+def _zeros_like(shapes: dict[str, jax.ShapeDtypeStruct]) -> Metrics:
+    return jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), shapes)
 
 
 @jax.jit

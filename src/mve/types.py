@@ -12,7 +12,7 @@ Actions are scaled to [-1, 1], and the choice among A discrete ones is a one-hot
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -42,6 +42,7 @@ SquaredErrorFn: TypeAlias = Callable[[Array, Array, Array], Array]
 # taken there, make of start states (B, S) the values (B,) to raise and the bonuses (B,) of the first actions.
 ActorValueFn: TypeAlias = Callable[[Array, Key], tuple[Array, Array]]
 ObjectiveFn: TypeAlias = Callable[[PolicyFn, ActorValueFn, Array, Key], tuple[Array, Array]]
+PolicyOfFn: TypeAlias = Callable[[Any], PolicyFn]  # of an actor, which gradients are taken of
 
 # What a fit is given: rows drawn from the replay, with leading axes of this shape.
 SampleFn: TypeAlias = Callable[[tuple[int, ...], Key], "Transition"]
@@ -72,6 +73,18 @@ class Imagined(NamedTuple):
     reward: Float[Array, " H *batch"]
     continuation: Float[Array, " H *batch"]
     bonus: Float[Array, " H *batch"]  # of acting in state t: 0, or SAC's entropy term
+
+
+class SharedObjective(NamedTuple):
+    """What an actor is to raise, where the rollout under it has been made: the critic's targets are from it.
+
+    `pull_back` takes the cotangents of the rollout to those of the actor, a tuple of one; `worth` says what
+    the rollout is worth (B,), and the bonuses (B,) of its first actions.
+    """
+
+    imagined: Imagined
+    pull_back: Callable[[Imagined], tuple[Any]]
+    worth: Callable[[Imagined, ActorValueFn], tuple[Array, Array]]
 
 
 class Segment(NamedTuple):
@@ -122,4 +135,8 @@ Widths = tuple[Positive, ...]
 Rate = Annotated[float, Meta(gt=0, le=1e3)]
 NonNegative = Annotated[float, Meta(ge=0, le=1e9)]
 Unit = Annotated[float, Meta(ge=0, le=1)]
+if TYPE_CHECKING:
+    Discount: TypeAlias = float  # "episode" is replaced by a number before anything computes with it
+else:
+    Discount = Unit | Literal["episode"]
 Json: TypeAlias = dict[str, Any]

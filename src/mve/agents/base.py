@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -15,7 +15,24 @@ from jaxtyping import Array, Float
 
 from mve.networks import MLP, Activation, apply_gradient, ensemble
 from mve.policies import DeterministicActor, Policy
-from mve.types import Count, CriticTargets, Key, Metrics, ObjectiveFn, PolicyFn, Positive, Rate, Unit, Widths
+from mve.types import (
+    ActorValueFn,
+    Count,
+    CriticTargets,
+    Imagined,
+    Key,
+    Metrics,
+    NonNegative,
+    ObjectiveFn,
+    PolicyFn,
+    PolicyOfFn,
+    Positive,
+    Rate,
+    SharedObjective,
+    Transition,
+    Unit,
+    Widths,
+)
 
 Tree = TypeVar("Tree")
 
@@ -30,6 +47,10 @@ class AgentConfig:
     """Of the hidden layers."""
     layer_norm: bool = False
     """LayerNorm before each activation, in actor and critics."""
+    norm_inputs: bool = False
+    """In the critics, LayerNorm without scale and shift before every linear layer but the first (DHMBPO)."""
+    normalize_obs: bool = False
+    """Actor and critics see observations z-scored with the statistics of all real ones so far (DHMBPO)."""
     critics: Positive = 2
     """N, critics; targets use the least of their values, STEVE's their mean and spread."""
     batch_size: Positive = 256
@@ -40,11 +61,25 @@ class AgentConfig:
     """Share of the new network in the slow copy, per update (Polyak)."""
     model_steps: Count = 0
     """Model steps that the actor's objective is differentiated through before it asks the critic; 0: none."""
+    critic_updates: Count = 0
+    """Updates of the critics and their slow copies alone after every refit of the model (DHMBPO: 250)."""
+    reset_optimisers: bool = False
+    """Adam begins anew, for actor and critics, after every refit of the model (DHMBPO)."""
 
     @property
     def has_density(self) -> bool:
         """Whether target policy and exploration have densities, whose ratio Retrace is made of."""
         return True
+
+    @property
+    def targets_by_current_actor(self) -> bool:
+        """Whether the policy that targets are for is the one in training, and not a slow copy of it."""
+        return False
+
+    @property
+    def scales_values(self) -> bool:
+        """Whether the agent wants to be told what single steps earn."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +90,12 @@ class ActorCriticConfig(AgentConfig):
     """Layer of the critic where the action enters: 0 beside the observation, 1 after a hidden layer."""
     actor_learning_rate: Rate = 3e-4
     """Adam's step size."""
+    output_gain: NonNegative = 1.0
+    """Of the critics' last layer at the start, whose weights are uniform in +-gain / sqrt(inputs); at 0
+    every value is 0, or the centre of its bounds (DHMBPO)."""
+
+
+Objective: TypeAlias = ObjectiveFn | SharedObjective | None
 
 
 class Agent(eqx.Module):
@@ -65,7 +106,6 @@ class Agent(eqx.Module):
     """
 
     discrete: ClassVar[bool] = False  # chooses among actions, which are one-hot vectors
-    critic: eqx.AbstractVar[MLP]  # Q_n, n = 1..N, those in training
 
     @abc.abstractmethod
     def action_values(
@@ -111,10 +151,30 @@ class Agent(eqx.Module):
 
     @abc.abstractmethod
     def update(
-        self, targets: CriticTargets, obs: Float[Array, " B S"], objective: ObjectiveFn, key: Key
+        self, targets: CriticTargets, obs: Float[Array, " B S"], objective: Objective, key: Key
     ) -> tuple[Agent, Metrics]:
         """One step of critic and actor; `objective` says what the actor, if there is one, is worth in the
-        states `obs`."""
+        states `obs`. None: a step of the critics and their slow copies alone."""
+
+    def acting(self) -> tuple[Any, PolicyOfFn]:
+        """The actor in training, and the policy that it, or another in its place, is."""
+        raise NotImplementedError
+
+    def observed(self, block: Transition, num_rows: Array) -> Agent:
+        """Having seen the first rows of a block of real steps."""
+        del block, num_rows
+        return self
+
+    def told(self, gain: Float[Array, " *steps"], discount: float) -> Agent:
+        """Knowing what some single steps earn, bonus of acting included; asked if `scales_values`."""
+        del gain, discount
+        return self
+
+    def with_new_optimisers(self) -> Agent:
+        """Adam's states of actor and critics are as before the first step: nought throughout."""
+        names = [name for name in ("actor_opt", "critic_opt") if hasattr(self, name)]
+        states = {name: jax.tree.map(jnp.zeros_like, getattr(self, name)) for name in names}
+        return replace(self, **states)
 
 
 def init_net(config: AgentConfig, obs_size: int, outputs: int, key: Key, *, output_gain: float = 1.0) -> MLP:
@@ -142,6 +202,8 @@ def init_critic(config: ActorCriticConfig, obs_size: int, action_size: int, key:
             side_layer=config.action_layer,
             activation=config.activation,
             layer_norm=config.layer_norm,
+            norm_inputs=config.norm_inputs,
+            output_gain=config.output_gain,
             key=k,
         )
 
@@ -170,6 +232,39 @@ def critic_loss(
     error = value - jnp.broadcast_to(targets.value, value.shape)
     loss = jnp.sum(jnp.broadcast_to(targets.weight, value.shape) * jnp.square(error))
     return loss, {"train/critic_loss": loss, "train/q_mean": jnp.mean(value)}
+
+
+def actor_gradient(
+    objective: ObjectiveFn | SharedObjective,
+    policy_of: PolicyOfFn,
+    value_of: Callable[[Tree], ActorValueFn],
+    actor: Tree,
+    obs: Float[Array, " B S"],
+    key: Key,
+) -> tuple[tuple[Array, Array], Tree]:
+    """Loss, which is minus the mean of what the objective makes of an actor, its mean bonus, and gradient.
+
+    With J(theta, tau(theta)) for the actor theta and the rollout tau under it,
+
+        dJ/dtheta = d_theta J + (dtau/dtheta)^T d_tau J,
+
+    whose last product a shared objective has the means for: nothing is imagined again.
+    """
+
+    def loss(value: Array, bonus: Array) -> tuple[Array, Array]:
+        return -jnp.mean(value), jnp.mean(bonus)
+
+    if not isinstance(objective, SharedObjective):
+        imagining = lambda actor: loss(*objective(policy_of(actor), value_of(actor), obs, key))  # noqa: E731
+        return jax.value_and_grad(imagining, has_aux=True)(actor)
+
+    def along(actor: Tree, imagined: Imagined) -> tuple[Array, Array]:
+        return loss(*objective.worth(imagined, value_of(actor)))
+
+    result, gradients = jax.value_and_grad(along, argnums=(0, 1), has_aux=True)(actor, objective.imagined)
+    at_the_end, of_rollout = gradients
+    [along_rollout] = objective.pull_back(of_rollout)
+    return result, jax.tree.map(jnp.add, at_the_end, along_rollout)
 
 
 def deterministic(actor: DeterministicActor) -> PolicyFn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import equinox as eqx
@@ -14,7 +14,9 @@ from jaxtyping import Array
 from mve.agents.base import (
     ActorCriticConfig,
     Agent,
+    Objective,
     action_values,
+    actor_gradient,
     adam_step,
     critic_loss,
     deterministic,
@@ -25,7 +27,7 @@ from mve.agents.base import (
 )
 from mve.networks import MLP
 from mve.policies import ActorPolicy, DeterministicActor, Policy
-from mve.types import CriticTargets, Key, Metrics, NonNegative, ObjectiveFn, Positive, Rate, Unit, Widths
+from mve.types import ActorValueFn, CriticTargets, Key, Metrics, NonNegative, Positive, Rate, Unit, Widths
 
 NOISE_GROWTH = 1.01  # factor of one adaptation, up or down
 
@@ -125,25 +127,30 @@ class DDPG(Agent):
         return deterministic(self.actor)(obs, key)
 
     def update(
-        self, targets: CriticTargets, obs: Array, objective: ObjectiveFn, key: Key
+        self, targets: CriticTargets, obs: Array, objective: Objective, key: Key
     ) -> tuple[DDPG, Metrics]:
         objective_key, noise_key = jax.random.split(key)
 
-        def actor_loss(actor: DeterministicActor) -> Array:
+        def value_of(actor: DeterministicActor) -> ActorValueFn:
             def value(obs: Array, key: Key) -> tuple[Array, Array]:
                 del key
                 values = action_values(self.critic, obs, actor.act(obs, 0.0))
                 return jnp.mean(values, axis=0), jnp.zeros(obs.shape[:-1])
 
-            return -jnp.mean(objective(deterministic(actor), value, obs, objective_key)[0])
+            return value
 
-        critic_gradient, metrics = jax.grad(critic_loss, has_aux=True)(self.critic, targets)
-        loss, actor_gradient = jax.value_and_grad(actor_loss)(self.actor)
         cfg = self.config
+        critic_gradient, metrics = jax.grad(critic_loss, has_aux=True)(self.critic, targets)
         critic, critic_opt = adam_step(
             cfg.critic_learning_rate, critic_gradient, self.critic_opt, self.critic
         )
-        actor, actor_opt = adam_step(cfg.actor_learning_rate, actor_gradient, self.actor_opt, self.actor)
+        target_critic = polyak(self.target_critic, critic, cfg.target_rate)
+        if objective is None:
+            return replace(self, critic=critic, critic_opt=critic_opt, target_critic=target_critic), metrics
+        (loss, _), gradient = actor_gradient(
+            objective, deterministic, value_of, self.actor, obs, objective_key
+        )
+        actor, actor_opt = adam_step(cfg.actor_learning_rate, gradient, self.actor_opt, self.actor)
         noise_scale = jax.lax.cond(
             (self.num_updates + 1) % cfg.noise_interval == 0,
             lambda: adapted_noise_scale(actor, self.noise_scale, obs, cfg.noise, noise_key),
@@ -153,7 +160,7 @@ class DDPG(Agent):
             actor=actor,
             critic=critic,
             target_actor=polyak(self.target_actor, actor, cfg.target_rate),
-            target_critic=polyak(self.target_critic, critic, cfg.target_rate),
+            target_critic=target_critic,
             actor_opt=actor_opt,
             critic_opt=critic_opt,
             noise_scale=noise_scale,

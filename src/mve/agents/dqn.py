@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mve.agents.base import Agent, AgentConfig, adam_step, critic_loss, init_adam, polyak
+from mve.agents.base import Agent, AgentConfig, Objective, adam_step, critic_loss, init_adam, polyak
 from mve.networks import MLP, ensemble
 from mve.policies import EpsilonGreedy, Policy
-from mve.types import CriticTargets, Key, Metrics, ObjectiveFn, Positive, Rate, Unit, UserError, Widths
+from mve.types import CriticTargets, Key, Metrics, Positive, Rate, Unit, UserError, Widths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class DQN(Agent):
         return greedy(self.critic, obs), jnp.zeros(obs.shape[:-1])
 
     def update(
-        self, targets: CriticTargets, obs: Array, objective: ObjectiveFn, key: Key
+        self, targets: CriticTargets, obs: Array, objective: Objective, key: Key
     ) -> tuple[DQN, Metrics]:
         del obs, objective, key  # an actor's
         cfg = self.config

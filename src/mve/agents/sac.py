@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 from msgspec import Meta
 
 from mve.agents.base import (
     ActorCriticConfig,
     Agent,
+    Objective,
     action_values,
+    actor_gradient,
     adam_step,
     critic_loss,
     drawn,
@@ -26,7 +29,20 @@ from mve.agents.base import (
 )
 from mve.networks import MLP
 from mve.policies import ActorPolicy, GaussianActor, Policy
-from mve.types import Count, CriticTargets, Key, Metrics, ObjectiveFn, Rate, UserError
+from mve.types import (
+    ActorValueFn,
+    Count,
+    CriticTargets,
+    Key,
+    Metrics,
+    PolicyFn,
+    PolicyOfFn,
+    Rate,
+    Unit,
+    UserError,
+)
+
+OUTLIERS = 0.01  # share of the steps of a batch on either side that the bounds of values leave out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +59,17 @@ class SACConfig(ActorCriticConfig):
     """Critics drawn at random for each target, of which the least counts (REDQ, DHMBPO: 2); 0: all."""
     actor_value: Literal["least", "mean"] = "least"
     """Which of the critics' values the actor is to raise (DHMBPO: mean)."""
+    value_bounds_rate: Unit = 0.0
+    """Where above 0, values are scaled to bounds that move so far towards those of the newest batch at each
+    update (DHMBPO: 3e-4), and targets are clipped to them."""
+
+    @property
+    def targets_by_current_actor(self) -> bool:
+        return True
+
+    @property
+    def scales_values(self) -> bool:
+        return self.value_bounds_rate > 0
 
     def __post_init__(self) -> None:
         if self.target_critics > self.critics:
@@ -50,6 +77,37 @@ class SACConfig(ActorCriticConfig):
                 f"agent.target_critics = {self.target_critics} is more than agent.critics = {self.critics}; "
                 "lower it"
             )
+
+
+class ValueBounds(eqx.Module):
+    """What a value can be, as far as single steps say: Q = centre + width net, width half the distance.
+
+    A policy that earned the same at every step would be worth r / (1 - gamma). The bounds are those of the
+    1 % and the 99 % quantile of r - alpha log pi over the steps of a batch; those of the first batch as they
+    are, later ones by an exponential average (Kubo et al. 2025, section 4 and code).
+    """
+
+    low: Float[Array, ""]
+    high: Float[Array, ""]
+    known: Bool[Array, ""]
+
+    @classmethod
+    def unknown(cls) -> ValueBounds:
+        return cls(low=jnp.float32(-1), high=jnp.float32(1), known=jnp.array(False))  # Q = net
+
+    def told(self, gain: Float[Array, " *steps"], discount: float, rate: float) -> ValueBounds:
+        """After a batch of steps that gained so much each."""
+        share = jnp.where(self.known, rate, 1.0)
+        low, high = jnp.quantile(gain, jnp.array([OUTLIERS, 1.0 - OUTLIERS])) / (1.0 - discount)
+        return ValueBounds(
+            low=self.low + share * (low - self.low),
+            high=self.high + share * (high - self.high),
+            known=jnp.array(True),
+        )
+
+    def unscale(self, net: Float[Array, " *batch"]) -> Float[Array, " *batch"]:
+        """The value that an output of the net stands for."""
+        return 0.5 * ((self.high + self.low) + (self.high - self.low) * net)
 
 
 class SAC(Agent):
@@ -76,6 +134,7 @@ class SAC(Agent):
     critic_opt: optax.OptState
     temperature_opt: optax.OptState
     num_updates: jax.Array
+    bounds: ValueBounds | None  # None where values are not scaled
     action_size: int = eqx.field(static=True)
     config: SACConfig = eqx.field(static=True)
 
@@ -95,12 +154,22 @@ class SAC(Agent):
             critic_opt=init_adam(config.critic_learning_rate, critic),
             temperature_opt=init_adam(config.temperature_learning_rate, log_temperature),
             num_updates=jnp.int32(0),
+            bounds=ValueBounds.unknown() if config.scales_values else None,
             action_size=action_size,
             config=config,
         )
 
+    def _values(self, critic: MLP, obs: Array, action: Array) -> Array:
+        values = action_values(critic, obs, action)
+        return values if self.bounds is None else self.bounds.unscale(values)
+
+    def told(self, gain: Array, discount: float) -> SAC:
+        if self.bounds is None:
+            return self
+        return replace(self, bounds=self.bounds.told(gain, discount, self.config.value_bounds_rate))
+
     def action_values(self, obs: Array, action: Array) -> Array:
-        return action_values(self.critic, obs, action)
+        return self._values(self.critic, obs, action)
 
     def policy(self) -> Policy:
         return ActorPolicy(actor=self.actor, noise_std=jnp.float32(0))
@@ -113,11 +182,10 @@ class SAC(Agent):
         return actor.sample(obs, jax.random.normal(key, (*obs.shape[:-1], self.action_size)))
 
     def target_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
-        action, log_density = self._sample(self.actor, obs, key)
-        return action, -jnp.exp(self.log_temperature) * log_density
+        return self._policy_of(self.actor)(obs, key)
 
     def target_action_value(self, obs: Array, action: Array) -> Array:
-        return action_values(self.target_critic, obs, action)
+        return self._values(self.target_critic, obs, action)
 
     def log_density(self, obs: Array, action: Array) -> Array:
         return self.actor.log_density(obs, action)
@@ -131,35 +199,63 @@ class SAC(Agent):
             key, subset_key = jax.random.split(key)
             critic = drawn(critic, self.config.target_critics, subset_key)
         action, bonus = self.target_policy(obs, key)
-        value = action_values(critic, obs, action)
+        value = self._values(critic, obs, action)
         return value + jnp.broadcast_to(bonus, value.shape)
 
+    def acting(self) -> tuple[GaussianActor, PolicyOfFn]:
+        return self.actor, self._policy_of
+
+    def _policy_of(self, actor: GaussianActor) -> PolicyFn:
+        """The policy that another actor would be, at the temperature of now."""
+
+        def policy(obs: Array, key: Key) -> tuple[Array, Array]:
+            action, log_density = self._sample(actor, obs, key)
+            return action, -jnp.exp(self.log_temperature) * log_density
+
+        return policy
+
+    def _clipped(self, targets: CriticTargets) -> tuple[CriticTargets, Metrics]:
+        """Targets within the bounds. Published: the bootstrap alone is clipped; this bounds that as well."""
+        if (bounds := self.bounds) is None:
+            return targets, {}
+        value = jnp.clip(targets.value, bounds.low, bounds.high)
+        return targets._replace(value=value), {
+            "train/target_clipped": jnp.mean(value != targets.value, dtype=jnp.float32),
+            "train/value_low": bounds.low,
+            "train/value_high": bounds.high,
+        }
+
     def update(
-        self, targets: CriticTargets, obs: Array, objective: ObjectiveFn, key: Key
+        self, targets: CriticTargets, obs: Array, objective: Objective, key: Key
     ) -> tuple[SAC, Metrics]:
         cfg = self.config
-        temperature = jnp.exp(self.log_temperature)
-        critic_gradient, metrics = jax.grad(critic_loss, has_aux=True)(self.critic, targets)
+        targets, clip_metrics = self._clipped(targets)
+        loss_of = jax.grad(partial(critic_loss, value_of=self._values), has_aux=True)
+        critic_gradient, metrics = loss_of(self.critic, targets)
+        metrics |= clip_metrics
         critic, critic_opt = adam_step(
             cfg.critic_learning_rate, critic_gradient, self.critic_opt, self.critic
         )
+        target_critic = polyak(self.target_critic, critic, cfg.target_rate)
+        if objective is None:
+            return replace(self, critic=critic, critic_opt=critic_opt, target_critic=target_critic), metrics
 
-        def actor_loss(actor: GaussianActor) -> tuple[Array, Array]:
-            def policy(obs: Array, key: Key) -> tuple[Array, Array]:
-                action, log_density = self._sample(actor, obs, key)
-                return action, -temperature * log_density
-
+        def value_of(actor: GaussianActor) -> ActorValueFn:
             def value(obs: Array, key: Key) -> tuple[Array, Array]:
-                action, bonus = policy(obs, key)
-                values = action_values(critic, obs, action)
-                value = jnp.min(values, axis=0) if cfg.actor_value == "least" else jnp.mean(values, axis=0)
+                action, bonus = self._policy_of(actor)(obs, key)
+                values = self._values(critic, obs, action)
+                # Not jnp.min, whose derivative divides by how many values equal the least: none of them do
+                # where the compiler has computed them twice and rounded differently.
+                least = reduce(jnp.minimum, [*values]) if cfg.actor_value == "least" else None
+                value = jnp.mean(values, axis=0) if least is None else least
                 return value + bonus, bonus
 
-            soft_value, bonus = objective(policy, value, obs, key)
-            return -jnp.mean(soft_value), -jnp.mean(bonus) / temperature
+            return value
 
-        (loss, log_density), gradient = jax.value_and_grad(actor_loss, has_aux=True)(self.actor)
+        (loss, bonus), gradient = actor_gradient(objective, self._policy_of, value_of, self.actor, obs, key)
         actor, actor_opt = adam_step(cfg.actor_learning_rate, gradient, self.actor_opt, self.actor)
+        temperature = jnp.exp(self.log_temperature)
+        log_density = -bonus / temperature
 
         target_entropy = -self.action_size if cfg.target_entropy is None else cfg.target_entropy
         temperature_gradient = -(log_density + target_entropy)  # of -log_alpha (log pi + target)
@@ -169,12 +265,13 @@ class SAC(Agent):
         agent = SAC(
             actor=actor,
             critic=critic,
-            target_critic=polyak(self.target_critic, critic, cfg.target_rate),
+            target_critic=target_critic,
             log_temperature=log_temperature,
             actor_opt=actor_opt,
             critic_opt=critic_opt,
             temperature_opt=temperature_opt,
             num_updates=self.num_updates + 1,
+            bounds=self.bounds,
             action_size=self.action_size,
             config=cfg,
         )

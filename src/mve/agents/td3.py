@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import equinox as eqx
 import jax
@@ -13,7 +13,9 @@ from jaxtyping import Array
 from mve.agents.base import (
     ActorCriticConfig,
     Agent,
+    Objective,
     action_values,
+    actor_gradient,
     adam_step,
     critic_loss,
     deterministic,
@@ -24,7 +26,7 @@ from mve.agents.base import (
 )
 from mve.networks import MLP
 from mve.policies import ActorPolicy, DeterministicActor, Policy, gaussian_log_density
-from mve.types import CriticTargets, Key, Metrics, NonNegative, ObjectiveFn, Positive
+from mve.types import ActorValueFn, CriticTargets, Key, Metrics, NonNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ class TD3(Agent):
         return deterministic(self.actor)(obs, key)
 
     def update(
-        self, targets: CriticTargets, obs: Array, objective: ObjectiveFn, key: Key
+        self, targets: CriticTargets, obs: Array, objective: Objective, key: Key
     ) -> tuple[TD3, Metrics]:
         cfg = self.config
         critic_gradient, metrics = jax.grad(critic_loss, has_aux=True)(self.critic, targets)
@@ -118,15 +120,19 @@ class TD3(Agent):
             cfg.critic_learning_rate, critic_gradient, self.critic_opt, self.critic
         )
 
-        def actor_loss(actor: DeterministicActor) -> Array:
+        if objective is None:
+            target_critic = polyak(self.target_critic, critic, cfg.target_rate)
+            return replace(self, critic=critic, critic_opt=critic_opt, target_critic=target_critic), metrics
+
+        def value_of(actor: DeterministicActor) -> ActorValueFn:
             def value(obs: Array, key: Key) -> tuple[Array, Array]:
                 del key
                 return action_values(critic, obs, actor.act(obs, 0.0))[0], jnp.zeros(obs.shape[:-1])
 
-            return -jnp.mean(objective(deterministic(actor), value, obs, key)[0])
+            return value
 
         def improve() -> tuple[DeterministicActor, optax.OptState, DeterministicActor, MLP, Array]:
-            loss, gradient = jax.value_and_grad(actor_loss)(self.actor)
+            (loss, _), gradient = actor_gradient(objective, deterministic, value_of, self.actor, obs, key)
             actor, actor_opt = adam_step(cfg.actor_learning_rate, gradient, self.actor_opt, self.actor)
             target_actor = polyak(self.target_actor, actor, cfg.target_rate)
             target_critic = polyak(self.target_critic, critic, cfg.target_rate)

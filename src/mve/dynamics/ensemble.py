@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -82,6 +82,7 @@ def init(config: DynamicsConfig, known: Known, obs_size: int, action_size: int, 
             config.hidden,
             activation=config.activation,
             layer_norm=config.layer_norm,
+            norm_inputs=config.norm_inputs,
             hidden_gain=6**0.5,
             key=k,
         )
@@ -126,18 +127,29 @@ def optimiser(config: DynamicsConfig) -> optax.GradientTransformation:
         net, termination_net, noise = update
         return net, termination_net, jax.tree.map(lambda u: factor * u, noise)
 
+    def decay(update: Nets, params: Nets | None) -> Nets:
+        assert params is not None
+        return jax.tree.map(lambda u, p, rate: u + rate * p, update, params, _decay_rates(config, params))
+
     return optax.chain(
         optax.scale_by_adam(),
-        optax.add_decayed_weights(config.weight_decay, mask=_decays),
+        optax.stateless(decay) if config.weight_decay else optax.identity(),  # pyright: ignore[reportArgumentType]
         optax.scale_by_learning_rate(config.learning_rate),
         optax.stateless(hasten_noise),  # pyright: ignore[reportArgumentType]
     )
 
 
-def _decays(nets: Nets) -> Nets:
-    """True for weights, False for biases, norms and noise."""
-    is_weight = lambda path, leaf: path[-1].name == "weight"  # noqa: E731
-    return jax.tree_util.tree_map_with_path(is_weight, nets)
+def _decay_rates(config: DynamicsConfig, nets: Nets) -> Any:
+    """Of every leaf: 0 for biases, norms and noise. The factors by layer are the members' own."""
+
+    def rate(path: tuple[Any, ...], leaf: Array) -> float:
+        del leaf
+        if path[-1].name != "weight":
+            return 0.0
+        of_members, factors = path[0].idx == 0, config.weight_decay_by_layer
+        return config.weight_decay * (factors[path[-2].idx] if factors and of_members else 1.0)
+
+    return jax.tree_util.tree_map_with_path(rate, nets)
 
 
 def only(model: Dynamics, members: Array) -> Dynamics:

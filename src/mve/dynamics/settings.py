@@ -21,7 +21,9 @@ class DynamicsConfig:
     activation: Activation = "silu"
     """Of the hidden layers (paper: relu)."""
     layer_norm: bool = False
-    """LayerNorm before each activation (DHMBPO: yes, without its scale and shift)."""
+    """LayerNorm before each activation."""
+    norm_inputs: bool = False
+    """LayerNorm without scale and shift before every linear layer but the first (DHMBPO: yes)."""
     members: Positive = 5
     """M, networks in the ensemble; each imagined step of a row is served by one of them (paper: 1)."""
     noise: Literal["none", "homoscedastic", "heteroscedastic"] = "none"
@@ -38,6 +40,8 @@ class DynamicsConfig:
     """Adam's step size."""
     weight_decay: NonNegative = 0.0
     """Decoupled decay of the weights (AdamW), not of biases or norms: per step, times the learning rate."""
+    weight_decay_by_layer: tuple[Unit, ...] = ()
+    """Factors of it, first layer to last (DHMBPO: 0.25, 0.5, 0.75, 1); none given: 1 for all."""
     batch_size: Positive = 256
     """Rows per member and minibatch (paper: 512)."""
     bootstrap: bool = False
@@ -78,6 +82,12 @@ class DynamicsConfig:
             raise UserError(
                 f"dynamics.sample = {self.sample} needs a model of the noise; "
                 "set dynamics.noise=homoscedastic or heteroscedastic"
+            )
+        layers = len(self.hidden) + 1
+        if len(self.weight_decay_by_layer) not in (0, layers):
+            raise UserError(
+                f"dynamics.weight_decay_by_layer has {len(self.weight_decay_by_layer)} factors for {layers} "
+                "layers (the hidden ones and the output); give one for each"
             )
         if self.holdout_share == 1.0:
             raise UserError("dynamics.holdout_share = 1 leaves no row to fit; lower it, 0.2 is usual")

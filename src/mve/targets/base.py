@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mve.types import Count, CriticTargets, Transition, Unit
+from mve.types import Count, CriticTargets, Discount, Transition, Unit
 
 VARIANCE_FLOOR = 1e-8  # added to variances and squared errors, in squared units of return
 
@@ -29,8 +29,9 @@ class TargetsConfig:
     horizon_steps: Count = 3
     """H, imagined steps per target, or real ones for retrace; 0 is the base learner exactly. one_step does
     not read it."""
-    discount: Unit = 0.99
-    """gamma, per environment step."""
+    discount: Discount = 0.99
+    """gamma, per environment step. episode: from the most steps L that the task's time limit allows,
+    clip((L/5 - 1)/(L/5), 0.95, 0.995), the latter where it sets none (DHMBPO, TD-MPC2)."""
     trace_decay: Unit = 0.75
     """lambda, of the estimator of that name: 0 is one_step, 1 is mve (STEVE's ablations: 0.25 and 0.75).
     retrace: the factor of its traces (Munos et al. 2016: 1)."""

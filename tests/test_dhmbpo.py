@@ -1,0 +1,413 @@
+"""The ingredients of DHMBPO, each of them a setting of its own: by hand, or against the longer way round."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mve import agents, dynamics, experience, imagine, replay, schedule, targets, train
+from mve.agents import AGENTS, Agent
+from mve.agents.sac import SAC, SACConfig, ValueBounds
+from mve.config import build
+from mve.dynamics import DynamicsConfig
+from mve.imagine import ImaginationConfig
+from mve.networks import MLP, standardise
+from mve.presets import PRESETS
+from mve.state import Capacity, Recipe, TrainState, initial_state
+from mve.targets import TargetsConfig
+from mve.train import Due
+from mve.types import CriticTargets, Known, Transition, UserError
+
+OBS, ACTION, ROWS, STARTS, LENGTH = 3, 2, 8, 4, 3
+NAMES = sorted(AGENTS)
+
+
+def fresh(name: str, **settings: object) -> Agent:
+    config = AGENTS[name][0](hidden=(8,), batch_size=ROWS, **settings)  # pyright: ignore
+    return agents.init(config, OBS, ACTION, jax.random.key(0))
+
+
+def some_targets(agent: Agent | None = None) -> CriticTargets:
+    keys = jax.random.split(jax.random.key(1), 3)
+    action = jnp.tanh(jax.random.normal(keys[1], (ROWS, ACTION)))
+    discrete = agent is not None and getattr(agent, "inner", agent).discrete
+    return CriticTargets(
+        obs=5.0 + 3.0 * jax.random.normal(keys[0], (ROWS, OBS)),
+        action=jax.nn.one_hot(jnp.argmax(action, axis=-1), ACTION) if discrete else action,
+        value=jax.random.normal(keys[2], (ROWS,)),
+        weight=jnp.full(ROWS, 1.0 / ROWS),
+    )
+
+
+def the_value(policy: Any, value: Any, obs: jax.Array, key: jax.Array) -> Any:
+    return value(obs, key)
+
+
+def same(a: object, b: object) -> bool:
+    return bool(eqx.tree_equal(a, b))
+
+
+# --- Networks ---
+
+
+def test_standardising_takes_mean_and_spread_of_a_row_away() -> None:
+    np.testing.assert_allclose(
+        standardise(jnp.array([[1.0, 3.0], [0.0, 8.0]])), [[-1, 1], [-1, 1]], rtol=1e-4
+    )
+
+
+def test_the_derivative_of_standardising_is_that_of_its_formula() -> None:
+    x, weight = jax.random.normal(jax.random.key(0), (2, 3, 5))
+
+    def formula(x: jax.Array) -> jax.Array:
+        return (x - jnp.mean(x, -1, keepdims=True)) / jnp.sqrt(jnp.var(x, -1, keepdims=True) + 1e-5)
+
+    got, wanted = (jax.grad(lambda x, f=f: jnp.sum(weight * f(x)))(x) for f in (standardise, formula))
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_every_layer_but_the_first_is_given_standardised_inputs() -> None:
+    net = MLP(2, 1, (4, 4), norm_inputs=True, activation="silu", key=jax.random.key(0))
+    x = jnp.array([[0.5, -2.0]])
+    for i, layer in enumerate(net.layers):
+        x = layer(standardise(jax.nn.silu(x)) if i else x)
+    np.testing.assert_allclose(net(jnp.array([[0.5, -2.0]])), x, rtol=1e-5)
+
+
+# --- Scaled values ---
+
+
+def test_bounds_are_what_the_outer_percents_of_single_steps_would_come_to() -> None:
+    """Gains 0, 1, .., 100 have quantiles 1 and 99; gamma = 1/2 doubles them; then a quarter of the way to
+    the bounds of gains that are all 4: 2 + (8 - 2) / 4 and 198 + (8 - 198) / 4."""
+    gains = jnp.arange(101.0)
+    first = ValueBounds.unknown().told(gains, 0.5, 0.25)
+    np.testing.assert_allclose([first.low, first.high], [2, 198], rtol=1e-5)
+    np.testing.assert_allclose(first.unscale(jnp.array([-1.0, 0.0, 1.0])), [2, 100, 198], rtol=1e-5)
+    then = first.told(jnp.full((3, 5), 4.0), 0.5, 0.25)
+    np.testing.assert_allclose([then.low, then.high], [3.5, 150.5], rtol=1e-5)
+
+
+def test_critics_that_start_at_nought_say_the_centre_of_their_bounds() -> None:
+    agent = fresh("sac", value_bounds_rate=0.5, output_gain=0.0)
+    rows = some_targets()
+    np.testing.assert_array_equal(agent.action_values(rows.obs, rows.action), 0.0)
+    told = agent.told(jnp.array([1.0, 1.0, 3.0]), 0.9)
+    assert isinstance(told, SAC)
+    assert told.bounds is not None
+    centre = 0.5 * float(told.bounds.low + told.bounds.high)
+    assert centre > 10
+    np.testing.assert_allclose(told.action_values(rows.obs, rows.action), centre, rtol=1e-6)
+    np.testing.assert_allclose(told.target_action_value(rows.obs, rows.action), centre, rtol=1e-6)
+
+
+def test_targets_beyond_the_bounds_are_clipped_and_counted() -> None:
+    agent = fresh("sac", value_bounds_rate=0.5).told(jnp.array([-1.0, 1.0]), 0.0)
+    rows = some_targets()._replace(value=jnp.array([-9.0, 9.0, *np.linspace(-0.5, 0.5, ROWS - 2)]))
+    within = rows._replace(value=jnp.clip(rows.value, -0.98, 0.98))
+    after, metrics = agent.update(rows, rows.obs, the_value, jax.random.key(0))
+    other, none = agent.update(within, rows.obs, the_value, jax.random.key(0))
+    assert same(after, other)
+    assert metrics["train/target_clipped"] == 2 / ROWS
+    assert none["train/target_clipped"] == 0
+
+
+# --- Normalised observations ---
+
+
+def moments(agent: Agent) -> tuple[jax.Array, jax.Array]:
+    return agent.view.mean, agent.view.std  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def seen(name: str) -> Agent:
+    """An agent that has seen some rows, of which the last two do not count."""
+    rows = some_targets()
+    block = Transition(*[rows.obs] * 8)._replace(next_obs=jnp.concatenate([rows.obs, 1e3 + rows.obs[:2]]))
+    return fresh(name, normalize_obs=True).observed(block, jnp.int32(ROWS))
+
+
+def test_the_statistics_are_those_of_all_real_states() -> None:
+    mean, std = moments(seen("sac"))
+    np.testing.assert_allclose(mean, np.mean(some_targets().obs, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(std, np.std(some_targets().obs, axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_agent_that_normalises_is_the_plain_one_on_normalised_observations(name: str) -> None:
+    agent = seen(name)
+    inner: Agent = agent.inner  # pyright: ignore[reportAttributeAccessIssue]
+    rows, key = some_targets(agent), jax.random.key(3)
+    mean, std = moments(agent)
+    z = (rows.obs - mean[None]) / std[None]
+    for ask in ("target_policy", "target_value", "current_policy"):
+        for a, b in zip(
+            jax.tree.leaves(getattr(agent, ask)(rows.obs, jax.random.clone(key))),
+            jax.tree.leaves(getattr(inner, ask)(z, jax.random.clone(key))),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for ask in ("action_values", "target_action_value", "log_density"):
+        got, wanted = getattr(agent, ask)(rows.obs, rows.action), getattr(inner, ask)(z, rows.action)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    noise = np.full((ROWS, ACTION), 0.3, np.float32)
+    on_host = jax.tree.map(np.array, agent.policy())(np.asarray(rows.obs), noise)
+    assert isinstance(on_host, np.ndarray)
+    np.testing.assert_allclose(on_host, inner.policy()(z, jnp.asarray(noise)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_update_is_the_plain_ones_on_normalised_observations(name: str) -> None:
+    agent = seen(name)
+    inner: Agent = agent.inner  # pyright: ignore[reportAttributeAccessIssue]
+    rows = some_targets(agent)
+    mean, std = moments(agent)
+    z = rows._replace(obs=(rows.obs - mean[None]) / std[None])
+    update = jax.jit(lambda agent, rows: agent.update(rows, rows.obs, the_value, jax.random.key(4))[0])
+    got, wanted = update(agent, rows).inner, update(inner, z)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+# --- Updates of the critics alone, optimisers begun anew ---
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_update_without_an_objective_moves_critics_and_slow_critics_alone(name: str) -> None:
+    agent = fresh(name)
+    rows = some_targets(agent)
+    after, _ = jax.jit(lambda agent: agent.update(rows, rows.obs, None, jax.random.key(0)))(agent)
+    assert not same(after.critic, agent.critic)  # pyright: ignore
+    assert not same(after.target_critic, agent.target_critic)  # pyright: ignore
+    for part in ("actor", "target_actor", "actor_opt", "log_temperature"):
+        assert same(getattr(after, part, None), getattr(agent, part, None))
+    both, _ = jax.jit(lambda agent: agent.update(rows, rows.obs, the_value, jax.random.key(0)))(agent)
+    for a, b in zip(jax.tree.leaves(after.critic), jax.tree.leaves(both.critic), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_new_optimisers_are_those_of_a_new_agent(name: str) -> None:
+    agent = fresh(name, normalize_obs=name == "sac")
+    rows = some_targets(agent)
+    moved = agent.update(rows, rows.obs, the_value, jax.random.key(0))[0].with_new_optimisers()
+    moved, agent = getattr(moved, "inner", moved), getattr(agent, "inner", agent)
+    assert not same(moved.critic, agent.critic)  # pyright: ignore
+    assert same(moved.critic_opt, agent.critic_opt)  # pyright: ignore
+    assert same(getattr(moved, "actor_opt", None), getattr(agent, "actor_opt", None))
+
+
+# --- One rollout for critic and actor ---
+
+
+def recipe(**agent: object) -> Recipe:
+    settings: dict = {"hidden": (8,), "batch_size": ROWS, "model_steps": LENGTH, "critics": 3, **agent}
+    return Recipe(
+        obs_size=OBS,
+        action_size=ACTION,
+        known=Known(None, lambda s, a, n: s[..., 0] > 1.5),
+        agent=SACConfig(normalize_obs=True, value_bounds_rate=0.1, **settings),
+        dynamics=DynamicsConfig(
+            hidden=(8,), members=2, noise="homoscedastic", sample="state", learning_starts=0, batch_size=8
+        ),
+        targets=TargetsConfig(estimator="mve", horizon_steps=LENGTH - 1, discount=0.9),
+        imagination=ImaginationConfig(
+            starts=STARTS,
+            length=(LENGTH, LENGTH),
+            rounds_kept=5,
+            real_share=0.0,
+            first_step="imagined",
+            interval_updates=4,
+        ),
+    )
+
+
+def real_block(count: int = 20) -> Transition:
+    rng = np.random.default_rng(0)
+    f32 = np.float32
+    obs = rng.normal(size=(count, OBS)).astype(f32)
+    return Transition(
+        obs=obs,
+        action=rng.uniform(-1, 1, (count, ACTION)).astype(f32),
+        reward=obs[:, 0],
+        next_obs=0.9 * obs,
+        continuation=np.ones(count, f32),
+        episode=np.zeros(count, np.int32),
+        step=np.arange(count, dtype=np.int32),
+        log_density=np.zeros(count, f32),
+    )
+
+
+def remembering(ours: Recipe) -> TrainState:
+    """A state with one block in its replay, and the same rows in its imagination buffer."""
+    state, block = initial_state(ours, Capacity(100, ours.imagination.capacity), seed=0), real_block()
+    rows: Transition = jax.tree.map(jnp.asarray, block)
+    keep = jnp.ones(20, bool)
+    assert state.imagined is not None
+    assert state.model is not None
+    return replace(
+        state,
+        replay=replay.add(state.replay, rows, keep),
+        imagined=replay.add(state.imagined, rows, keep),
+        model=dynamics.observe(state.model, rows, jnp.int32(20), ours.dynamics),
+        agent=state.agent.observed(rows, jnp.int32(20)),
+    )
+
+
+def test_a_shared_rollout_gives_the_update_that_two_passes_give() -> None:
+    """The update as it would be if the actor imagined for itself, with the draws of the shared rollout."""
+    ours = recipe()
+    assert ours.shares_rollout
+    state, key = remembering(ours), jax.random.key(7)
+
+    @jax.jit
+    def in_two_passes(state: TrainState) -> Agent:
+        sample_key, imagine_key, value_key, agent_key = jax.random.split(jax.random.clone(key), 4)
+        start_key, rollout_key = jax.random.split(imagine_key)
+        start = experience._imagined_batch(state, ours, start_key)
+
+        def rollout(policy: Any) -> Any:
+            rollout_key_again = jax.random.clone(rollout_key)
+            step = experience.model_step(state, ours, jax.random.clone(rollout_key))
+            return imagine.rollout(step, policy, start.obs, LENGTH, rollout_key_again)
+
+        whole = rollout(state.agent.target_policy)
+        batch, ahead = imagine.as_transition(whole, start), imagine.after_first(whole)
+        state = train.told_gains(state, ours, batch, ahead)
+        rows = targets.estimate(batch, ahead, train.estimator_fns(state, value_key), ours.targets)
+
+        def objective(policy: Any, value: Any, obs: jax.Array, key: jax.Array) -> Any:
+            return train.worth(rollout(policy), value, discount=0.9, key=jax.random.clone(sample_key))
+
+        return state.agent.update(rows, start.obs, objective, agent_key)[0]
+
+    shared = jax.jit(partial(train.update_step, recipe=ours))(state, key=key)[0]
+    assert not same(shared.inner.actor, state.agent.inner.actor)  # pyright: ignore
+    # Adam's first moments are the gradients, times a constant: its steps would hide their size.
+    for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(in_two_passes(state)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
+
+
+def test_the_shared_target_is_the_return_of_the_first_imagined_step_by_hand() -> None:
+    """y = r_0 + g c_0 (r_1 + b_1 + g c_1 (r_2 + b_2 + g c_2 V)): no bonus of the first action."""
+    ours = recipe()
+    state = remembering(ours)
+    batch, ahead, whole, _ = experience.imagine_once(state, ours, jax.random.key(8))
+    ask = train.estimator_fns(state, jax.random.key(9))
+    rows = targets.estimate(batch, ahead, ask, ours.targets)
+    value = jnp.min(state.agent.target_value(whole.obs[-1], jax.random.key(9)), axis=0)
+    r, c, b = whole.reward, whole.continuation, whole.bonus
+    by_hand = r[0] + 0.9 * c[0] * (r[1] + b[1] + 0.9 * c[1] * (r[2] + b[2] + 0.9 * c[2] * value))
+    np.testing.assert_allclose(rows.value, by_hand, rtol=1e-5)
+    np.testing.assert_array_equal(rows.action, whole.action[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"agent": SACConfig(model_steps=LENGTH + 1)},
+        {"agent": AGENTS["td3"][0](model_steps=LENGTH)},
+        {"imagination": replace(recipe().imagination, real_share=0.1)},
+        {"imagination": replace(recipe().imagination, first_step="stored")},
+        {"targets": TargetsConfig(estimator="steve", horizon_steps=LENGTH - 1)},
+    ],
+)
+def test_a_rollout_is_shared_only_where_both_want_the_same(change: dict) -> None:
+    assert recipe().shares_rollout
+    assert not replace(recipe(), **change).shares_rollout
+
+
+# --- Schedule ---
+
+
+def test_rounds_critic_updates_and_resets_come_with_the_updates() -> None:
+    """Interval 4: of updates 2..11 the 4th and the 8th come after a round, 3 x 4 rows each; a refit's five
+    critic updates have two rounds of their own, and Adam begins anew before them."""
+    ours = recipe(critic_updates=5, reset_optimisers=True)
+    ours = replace(ours, known=Known(None, lambda s, a, n: jnp.zeros(s.shape[:-1], bool)))
+    state = initial_state(ours, Capacity(100, ours.imagination.capacity), seed=0)
+    state, _ = train.learn(state, real_block(), Due.of(rows=20, fits=1, refits=1, updates=2), ours)
+    assert int(state.imagined.size) == 12 * 3  # pyright: ignore
+    inner: Any = state.agent.inner  # pyright: ignore
+    assert int(inner.num_updates) == 2
+    assert int(inner.critic_opt[0].count) == 7
+    assert int(inner.actor_opt[0].count) == 2
+    state, metrics = train.learn(state, real_block(), Due.of(rows=20, updates=10, updated=2), ours)
+    assert int(state.imagined.size) == 12 * 5  # pyright: ignore
+    inner = state.agent.inner  # pyright: ignore
+    assert int(inner.num_updates) == 12
+    assert int(inner.critic_opt[0].count) == 17
+    said = {name: float(x) for name, x in metrics.items() if not name.startswith("model/")}
+    assert all(np.isfinite(x) for x in said.values()), said
+    state, _ = train.learn(state, real_block(), Due.of(rows=20, fits=1, refits=1), ours)
+    inner = state.agent.inner  # pyright: ignore
+    assert int(inner.critic_opt[0].count) == 5
+    assert int(inner.actor_opt[0].count) == 0
+
+
+def test_refits_are_counted_from_when_the_agent_learns() -> None:
+    config = build("HalfCheetah-v5", "dhmbpo")
+    steps = (0, 5000, 5001, 5999, 6000, 7000)
+    assert [schedule.refits_due(config, step) for step in steps] == [0, 0, 1, 1, 2, 3]
+    assert [schedule.updates_due(config, step) for step in steps] == [0, 0, 4001, 4999, 5000, 6000]
+    assert {schedule.rounds_due(config, step) for step in steps} == {0}
+    early = build("HalfCheetah-v5", "dhmbpo", ["dynamics.learning_starts=1000"])
+    assert [schedule.refits_due(early, step) for step in steps] == [0, 0, 1, 1, 2, 3]
+    steady = build("HalfCheetah-v5", "mve-sac")
+    assert [schedule.refits_due(steady, step) for step in (1000, 1001, 9000)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("limit", "discount"), [(None, 0.995), (50, 0.95), (200, 0.975), (1000, 0.995), (5000, 0.995)]
+)
+def test_the_discount_may_come_from_the_episodes_length(limit: int | None, discount: float) -> None:
+    """(L/5 - 1)/(L/5) within 0.95 and 0.995: 0.9, 39/40, 199/200, 999/1000."""
+    config = schedule.with_budgets(build("Pendulum-v1", "sac", ["targets.discount=episode"]), limit)
+    np.testing.assert_allclose(config.targets.discount, discount)
+    assert schedule.with_budgets(config, None) == config
+    plain = build("Pendulum-v1", "sac", ["targets.discount=0.5"])
+    assert schedule.with_budgets(plain, limit).targets.discount == 0.5
+
+
+# --- The model's weight decay ---
+
+
+def test_weights_decay_by_layer() -> None:
+    config = DynamicsConfig(
+        hidden=(4,), members=2, weight_decay=0.5, weight_decay_by_layer=(0.25, 1.0), learning_rate=0.1
+    )
+    model = dynamics.init(config, Known(), OBS, ACTION, jax.random.key(0))
+    still: Any = jax.tree.map(jnp.zeros_like, model.nets)
+    update, _ = dynamics.ensemble.optimiser(config).update(still, model.opt_state, model.nets)  # pyright: ignore
+    nets: Any = model.nets
+    for layer, share in ((0, 0.25), (1, 1.0)):
+        expected = -0.05 * share * nets[0].layers[layer].weight
+        np.testing.assert_allclose(update[0].layers[layer].weight, expected, rtol=1e-5)
+    np.testing.assert_allclose(update[1].layers[0].weight, -0.05 * nets[1].layers[0].weight, rtol=1e-5)
+    with pytest.raises(UserError, match="3 factors for 2 layers"):
+        DynamicsConfig(hidden=(4,), weight_decay_by_layer=(1.0, 1.0, 1.0))
+
+
+# --- The presets ---
+
+
+def test_the_preset_is_the_published_method_and_refit_its_cheaper_relative() -> None:
+    published, refit = (build("HalfCheetah-v5", algo) for algo in ("dhmbpo", "dhmbpo-refit"))
+    assert published.agent.critics == 5
+    assert published.agent.model_steps == 5
+    assert published.agent.reset_optimisers
+    assert published.dynamics.interval_steps == 1000
+    assert refit.agent.model_steps == 3
+    assert not refit.agent.reset_optimisers
+    assert refit.dynamics.interval_steps == 250
+    for config in (published, refit):
+        assert config.agent.model_steps == config.targets.horizon_steps + 1
+        assert config.dynamics.members == 8
+        assert config.train.learning_starts == 5000
+    assert "refit" in PRESETS["dhmbpo-refit"].summary
