@@ -9,7 +9,7 @@ for what comes next before the device is done, and waits only for numbers that i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias, final
+from typing import Protocol, TypeAlias, final, runtime_checkable
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from mve.types import Transition, UserError
 Program: TypeAlias = Alone | Together
 
 
+@runtime_checkable
 class Collector(Protocol):
     """The real steps of every run of a loop."""
 

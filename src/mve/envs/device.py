@@ -27,7 +27,7 @@ from mve.policies import Policy
 from mve.types import Key, Transition, UserError
 
 BEGINNING, CHANCE, NOISE, WARM_UP, EVALUATION = range(5)  # streams of draws from a run's key
-HELD = {"seed": int, "num_episodes": int}  # beside the arrays of a snapshot
+HELD = {"seed": int, "num_episodes": int, "keys": dict}  # beside the arrays of a snapshot
 traces: Counter[DeviceTask] = Counter()  # how often `collect` has been traced
 
 
@@ -172,7 +172,7 @@ def _step(
     return _strongly_typed(following), Collected(row, over, length, ret, sound)
 
 
-def play(env: DeviceTask, episodes: int, shared: tuple[Array, int], policy: Policy, key: Key) -> Played:
+def play(env: DeviceTask, episodes: int, shared: tuple[Array, Array], policy: Policy, key: Key) -> Played:
     """Undiscounted return of so many episodes under the deterministic policy of every seed, side by side.
 
     `shared` are the environment step for which this is done, and the longest that an episode may last. What
@@ -182,8 +182,8 @@ def play(env: DeviceTask, episodes: int, shared: tuple[Array, int], policy: Poli
     fold = jax.random.fold_in
     keys = jax.vmap(lambda key: fold(fold(key, EVALUATION), step))(key)
     keys = jax.vmap(lambda key: jax.random.split(key, episodes))(keys)  # (N, E)
-    begun, chance = jnp.moveaxis(jax.vmap(jax.vmap(jax.random.split))(keys), -1, 0)
     every = lambda fn: jax.vmap(jax.vmap(fn))  # noqa: E731
+    begun, chance = every(lambda key: tuple(jax.random.split(key)))(keys)
     act = jax.vmap(lambda policy, obs: policy(obs, jnp.zeros((episodes, size))))
     native, size = host.native_on_device(env.task.action_space), host.action_size(env.task.action_space)
     state, obs = every(env.task.reset)(begun)
@@ -198,7 +198,7 @@ def play(env: DeviceTask, episodes: int, shared: tuple[Array, int], policy: Poli
         )
         # What follows an episode's end is played on with the others, and not counted.
         returns = returns + jnp.where(running, reward.astype(jnp.float32), 0.0)
-        lengths = lengths + running
+        lengths = lengths + running.astype(jnp.int32)
         running = running & ~(terminated | truncated) & (lengths < longest)
         return _strongly_typed(state), obs, Played(returns, lengths), running
 
@@ -222,7 +222,7 @@ def _strongly_typed(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype) if _is_number(x) else x, tree)
 
 
-def _is_number(leaf: Array) -> bool:
+def _is_number(leaf: Array | jax.ShapeDtypeStruct) -> bool:
     return not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
@@ -264,7 +264,8 @@ class DeviceEnv:
         """The episode under way, leaf by leaf."""
         leaves = {} if self._running is None else _named_leaves(self._running)
         arrays = {name: np.asarray(_plain(leaf)) for name, leaf in leaves.items()}
-        facts = {"seed": self._seed, "num_episodes": self.num_episodes}
+        keys = {name: str(jax.random.key_impl(x)) for name, x in leaves.items() if not _is_number(x)}
+        facts = {"seed": self._seed, "num_episodes": self.num_episodes, "keys": keys}
         return Snapshot(arrays, {"device": facts, "arrays": described(arrays)})
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -276,17 +277,23 @@ class DeviceEnv:
         held: Any = facts.get("device")
         sound = isinstance(held, dict) and {k: type(x) for k, x in held.items()} == HELD
         template = jax.eval_shape(lambda: self._begun(0)) if arrays else ()
-        wanted = {name: jax.eval_shape(_plain, leaf) for name, leaf in _named_leaves(template).items()}
+        named = _named_leaves(template)
+        wanted = {name: jax.eval_shape(_plain, leaf) for name, leaf in named.items()}
         kinds = {name: (x.dtype, x.shape) for name, x in wanted.items()}
         if (
             not sound
             or held["seed"] != self._seed
+            or list(held["keys"]) != [name for name, leaf in named.items() if not _is_number(leaf)]
             or kinds != {name: (x.dtype, x.shape) for name, x in arrays.items()}
         ):
             raise UserError(f"{self.spec.name}: the state saved does not fit; use another checkpoint")
-        leaves = [_as(leaf, arrays[name]) for name, leaf in _named_leaves(template).items()]
+        # Copies: JAX on the CPU may otherwise share NumPy's memory.
+        leaves = {name: jnp.array(arrays[name]) for name in wanted}
+        for name in held["keys"]:
+            leaves[name] = jax.random.wrap_key_data(leaves[name], impl=held["keys"][name])
         self.num_episodes = held["num_episodes"]
-        self._running = jax.tree.unflatten(jax.tree.structure(template), leaves) if arrays else None
+        whole = jax.tree.unflatten(jax.tree.structure(template), list(leaves.values()))
+        self._running = whole if arrays else None
 
     def _begun(self, episode: int) -> Running:
         return for_one(begin, (self.env,), (), self.key, np.int32(episode))
@@ -299,13 +306,6 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 def _plain(leaf: Any) -> Any:
     """Keys as their data."""
     return leaf if _is_number(leaf) else jax.random.key_data(leaf)
-
-
-def _as(leaf: Any, array: np.ndarray) -> Array:
-    """The array as what the leaf is."""
-    # A copy: JAX on the CPU may otherwise share NumPy's memory.
-    own = jnp.array(array)
-    return own if _is_number(leaf) else jax.random.wrap_key_data(own, impl=jax.random.key_impl(leaf))
 
 
 def of(
