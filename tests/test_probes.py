@@ -22,7 +22,7 @@ from mve.agents import AGENTS, Agent
 from mve.dynamics import Dynamics, DynamicsConfig
 from mve.envs.host import HostEnv, random_actions, random_log_density
 from mve.replay import Replay
-from mve.state import Capacity, Recipe, TrainState, initial_state
+from mve.state import Capacity, Recipe, TrainState, fresh_state
 from mve.targets import TargetsConfig, calibration
 from mve.types import Known
 
@@ -30,7 +30,7 @@ GAMMA = 0.5
 ROWS, JUDGED = 256, 64
 FITS, UPDATES = 300, 1000
 VALUE_TOLERANCE, ACTION_TOLERANCE = 0.06, 0.1  # values lie within [-2, 2], actions within [-1, 1]
-INIT = jax.jit(initial_state, static_argnums=(0, 1, 2))
+INIT = jax.jit(fresh_state, static_argnums=(0, 1, 2))
 MODEL = jax.jit(dynamics.init, static_argnums=(0, 1, 2, 3))
 
 EXACT_AGENTS = {  # nothing that blurs Q: no smoothing noise; hardly any entropy bonus, for good

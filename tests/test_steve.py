@@ -15,14 +15,14 @@ from test_targets import GAMMA, config, transition, value_fn
 from mve import dynamics, replay, targets, train
 from mve.agents import AGENTS
 from mve.dynamics import Dynamics, DynamicsConfig
-from mve.state import Capacity, Recipe, initial_state
+from mve.state import Capacity, Recipe, fresh_state
 from mve.targets import TargetsConfig
 from mve.types import CriticTargets, EstimatorFns, Imagined, Known, Transition
 
 ESTIMATE = jax.jit(targets.estimate, static_argnums=(2, 3))
 MEMBER_STEP = jax.jit(dynamics.member_step, static_argnums=(1, 2))
 STEP = jax.jit(dynamics.step, static_argnums=(1, 2))
-INIT = jax.jit(initial_state, static_argnums=(0, 1, 2))
+INIT = jax.jit(fresh_state, static_argnums=(0, 1, 2))
 UPDATE = jax.jit(train.update_step, static_argnums=1)
 VARIANTS = ["steve", "steve_mean", "steve_cov"]
 MODEL = DynamicsConfig(hidden=(8,), members=3, batch_size=8)

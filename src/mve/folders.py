@@ -19,7 +19,7 @@ from mve import checkpoint, config, log
 from mve.config import Config
 from mve.envs import snapshot
 from mve.envs.base import Snapshot
-from mve.state import Capacity, Progress, Recipe, TrainState, initial_state
+from mve.state import Capacity, Progress, Recipe, TrainState, fresh_state
 from mve.train import exploration_policy
 from mve.types import Json, UserError
 
@@ -102,7 +102,7 @@ def restore(folder: Path, recipe: Recipe) -> tuple[Progress, Snapshot | None, Js
 
     def template_of(held: Json) -> dict[str, Any]:
         def tree() -> dict[str, Any]:
-            state = initial_state(recipe, Capacity(held["replay_rows"], held["imagined_rows"]), 0)
+            state = fresh_state(recipe, Capacity(held["replay_rows"], held["imagined_rows"]), 0)
             acts = held["has_explorer"]
             return _tree(Progress(state, exploration_policy(state, state.num_env_steps) if acts else None))
 

@@ -18,8 +18,9 @@ import numpy as np
 from mve import config, folders, log, plot, schedule, train
 from mve.config import Config
 from mve.display import Display
-from mve.envs import host
+from mve.envs import host, native
 from mve.envs.base import EnvSpec
+from mve.envs.native import NativeTask
 from mve.evaluate import Evaluation
 from mve.loop import Interrupt, Loop
 from mve.policies import Policy
@@ -36,7 +37,8 @@ class Learner:
         learner = Learner("Pendulum-v1").learn()
         action, _ = learner.predict(obs)
 
-    `env` is an id or an environment; `algo` one of `mve list`; `settings` are `section.field=value`.
+    `env` is an id, an environment or a `NativeTask`; `algo` one of `mve list`; `settings` are
+    `section.field=value`.
     `reward_fn` and `termination_fn` are JAX functions (obs, action, next_obs), any leading axes, in the
     environment's own units (a discrete action is an integer, an array without a last axis); without them
     the model learns both. An instance is copied for evaluation unless `eval_env` is given. Nothing is
@@ -45,7 +47,7 @@ class Learner:
 
     def __init__(
         self,
-        env: str | gym.Env,
+        env: str | gym.Env | NativeTask,
         algo: str | None = None,
         *,
         seed: int = 0,
@@ -57,11 +59,13 @@ class Learner:
         quiet: bool = False,
     ):
         with log.capture_mujoco_warnings(None):
-            by_name = isinstance(env, str)
-            name = env if by_name else host.name_of(env)
-            instance = host.make(config.task(name, algo, settings)) if by_name else env
+            if isinstance(env, str):
+                name, instance = env, host.make(config.task(env, algo, settings))
+            else:
+                instance = native.as_gymnasium(env)
+                name = host.name_of(instance)
             built = config.build(name, algo or _default_algo(instance), settings, seed)
-            if not by_name:
+            if not isinstance(env, str):
                 built = replace(built, env=replace(built.env, id=""))
             functions = {"reward_fn": reward_fn, "termination_fn": termination_fn}
             self.run = Run(built, instance, eval_env=eval_env, **functions)
@@ -185,7 +189,7 @@ class Learner:
     def load(
         cls,
         folder: Path | str,
-        env: gym.Env | None = None,
+        env: gym.Env | NativeTask | None = None,
         *,
         reward_fn: RewardFn | None = None,
         termination_fn: TerminationFn | None = None,
@@ -212,7 +216,8 @@ class Learner:
         learner = cls.__new__(cls)
         with log.capture_mujoco_warnings(None):
             functions = {"reward_fn": reward_fn, "termination_fn": termination_fn}
-            learner.run = Run(built, env or host.make(built.env), eval_env=eval_env, **functions)
+            instance = host.make(built.env) if env is None else native.as_gymnasium(env)
+            learner.run = Run(built, instance, eval_env=eval_env, **functions)
         learner.folder, learner.quiet = folder, quiet
         learner._fresh, learner._policy = False, None
         learner.progress, env_state, facts = folders.restore(folder, learner.recipe)

@@ -10,7 +10,8 @@ State k has learned from blocks 0 .. k-1 of real steps. One iteration, where `tr
 so that the lag is one block, whatever takes how long: results do not depend on timing. Evaluations and
 checkpoints are of the state that has learned from every step so far, and the lag stays what it is across
 them: the policy of state k is fetched before block k is learned from, and goes into the checkpoint. Without
-overlap, block k+1 is collected with the policy of state k+1, as in the algorithms' published listings.
+overlap, block k+1 is collected with the policy of state k+1, as in the algorithms' published listings; so
+it is always where the environment is on the device too (`collect.py`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mve import log, schedule, train
+from mve.collect import collector_for
 from mve.display import Display
-from mve.policies import Policy
 from mve.program import Alone, Together
 from mve.run import Run
 from mve.state import Progress
@@ -64,7 +65,7 @@ class Interrupt:
 class Collected(NamedTuple):
     """A block of real steps of every run, not learned from yet."""
 
-    blocks: list[Transition]
+    block: Transition
     before: int  # step at which it starts
     step: int  # and ends
 
@@ -87,7 +88,7 @@ class Loop:
         self.program = Alone(recipe) if len(self.runs) == 1 else Together(recipe, len(self.runs))
         self.state = self.program.joined([each.state for each in progress])
         self.step = int(self.state.num_env_steps)
-        self._explorers: list[Policy | None] = [each.explorer for each in progress]
+        self.collector = collector_for(self.runs, self.program, progress)
         self._collected: Collected | None = None
         self._learning: Learning | None = None
         self._traces: int | None = None
@@ -96,7 +97,8 @@ class Loop:
     def progress(self) -> list[Progress]:
         """Where each run stands."""
         return [
-            Progress(self.program.part(self.state, i), explorer) for i, explorer in enumerate(self._explorers)
+            Progress(self.program.part(self.state, i), explorer)
+            for i, explorer in enumerate(self.collector.explorers)
         ]
 
     def go_on(
@@ -119,9 +121,12 @@ class Loop:
                 self._read()
             for run, seconds in zip(self.runs, before_start, strict=True):
                 run.seconds = seconds + time.perf_counter() - started
+            tells = evaluates or schedule.crosses(before, self.step, max(interval // 5, 1))
+            if tells or saves:
+                self.collector.settle()
             display.progress(self.step, self._shown())
             judged = self.evaluate(records, display) if evaluates else [{} for _ in self.runs]
-            if evaluates or schedule.crosses(before, self.step, max(interval // 5, 1)):
+            if tells:
                 for run, record, result in zip(self.runs, records, judged, strict=True):
                     record.record(self.step, run.line(self.step) | result)
             if saves:
@@ -131,17 +136,16 @@ class Loop:
     def _learn(self) -> None:
         """Ask the device to learn from what was collected, if that is not done; it is not waited for.
 
-        With overlap the next block is for the policy of the state before: fetched now, for the state is
-        donated. That waits until the device is done with the block before, so that reading is free.
+        Where the collector fetches a policy first, that waits until the device is done with the block before,
+        so that reading is free.
         """
         if self._collected is None:
             return
-        blocks, before, step = self._collected
-        if self.config.train.overlap:
-            self._explorers = self._fetched_explorers()
+        block, before, step = self._collected
+        self.collector.before_learning(self.state, step)
         self._read()
         due = self._due(before, step)
-        self.state, metrics = self.program.learn(self.state, blocks, due)
+        self.state, metrics = self.program.learn(self.state, block, due)
         self._collected, self._learning = None, Learning(metrics, due, step)
         self._check_traces()
 
@@ -157,20 +161,10 @@ class Loop:
         self._traces = traces
 
     def _collect(self, count: int) -> None:
-        before, explorers = self.step, self._explorers
-        if not self.config.train.overlap or explorers[0] is None:
-            explorers = self._fetched_explorers()
-        blocks = [
-            run.collect(policy, before, count) for run, policy in zip(self.runs, explorers, strict=True)
-        ]
+        before = self.step
+        block = self.collector.collect(self.state, before, count)
         self.step += count
-        self._collected = Collected(blocks, before, self.step)
-
-    def _fetched_explorers(self) -> list[Policy | None]:
-        """The state's policies for the block that starts here; None where actions are random."""
-        if not self.runs[0].explores(self.step):
-            return [None for _ in self.runs]
-        return [*self.program.explorers(self.state, self.step)]
+        self._collected = Collected(block, before, self.step)
 
     def _due(self, before: int, step: int) -> Due:
         """What a block of real steps is followed by."""
@@ -207,8 +201,8 @@ class Loop:
     def evaluate(self, records: Sequence[log.RunLog], display: Display) -> list[dict[str, float]]:
         """Try and record every run's deterministic policy; shown are one's episodes, or every seed's mean."""
         judged, shown = [], []
-        for run, policy, record in zip(self.runs, self.program.policies(self.state), records, strict=True):
-            result = run.evaluate(policy, self.step)
+        results = self.collector.evaluate(self.state, self.step)
+        for result, record in zip(results, records, strict=True):
             record.evaluation(self.step, result.returns.tolist(), result.lengths.tolist())
             judged.append(
                 {

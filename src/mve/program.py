@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mve import train
 from mve.agents import Agent
+from mve.envs.device import for_one
 from mve.policies import Policy
 from mve.state import Recipe, TrainState
 from mve.train import Due
@@ -44,18 +45,48 @@ class Alone:
         del number
         return state
 
-    def learn(self, state: TrainState, blocks: Sequence[Transition], due: Due) -> tuple[TrainState, Metrics]:
-        """`train.learn`; returns before it is done, and donates the state."""
+    def gathered(self, blocks: Sequence[Transition]) -> Transition:
+        """What was collected on the host, as `learn` takes it."""
         [block] = blocks
+        return block
+
+    def stacked(self, trees: Sequence[Any]) -> Any:
+        """Something of each run, on the device, as one."""
+        [tree] = trees
+        return tree
+
+    def split(self, tree: Any) -> list[Any]:
+        """The other way round."""
+        return [tree]
+
+    def each(self, tree: Any) -> list[Any]:
+        """The same for NumPy leaves."""
+        return [tree]
+
+    def call(self, fn: Any, static: tuple[Any, ...], shared: Any, *each: Any) -> Any:
+        """`fn(*static, shared, *each)`, compiled, of a function for trees with a leading axis of seeds."""
+        return for_one(fn, static, shared, *each)
+
+    def learn(self, state: TrainState, block: Transition, due: Due) -> tuple[TrainState, Metrics]:
+        """`train.learn`; returns before it is done, and donates the state."""
         return train.learn(state, block, due, self.recipe)
+
+    def exploration(self, state: TrainState, step: int) -> Policy:
+        """What collects the block that starts at `step`, on the device; not to be kept when the state is
+        donated."""
+        return train.exploration_policy(state, np.int32(step))
+
+    def deterministic(self, state: TrainState) -> Policy:
+        """What is judged, on the device."""
+        return state.agent.policy()
 
     def explorers(self, state: TrainState, step: int) -> list[Policy]:
         """The policies that collect the block that starts at `step`."""
-        return [on_host(train.exploration_policy(state, np.int32(step)))]
+        return [on_host(self.exploration(state, step))]
 
     def policies(self, state: TrainState) -> list[Policy]:
         """The deterministic policies."""
-        return [on_host(state.agent.policy())]
+        return [on_host(self.deterministic(state))]
 
     def numbers(self, metrics: Metrics) -> list[dict[str, float]]:
         """The metrics of each run; waits for them."""
@@ -99,27 +130,55 @@ class Together:
         part = _part(state, np.int32(number))
         return part if self.mesh is None else jax.device_put(part, jax.devices()[0])
 
-    def learn(self, state: TrainState, blocks: Sequence[Transition], due: Due) -> tuple[TrainState, Metrics]:
+    def gathered(self, blocks: Sequence[Transition]) -> Transition:
+        """What was collected on the host, as `learn` takes it."""
+        return jax.tree.map(lambda *rows: np.stack(rows), *blocks)
+
+    def stacked(self, trees: Sequence[Any]) -> Any:
+        """Something of each run, on the device, as one with a leading axis of seeds."""
+        stacked = _stacked(list(trees))
+        if self.mesh is None:
+            return stacked
+        return jax.device_put(stacked, NamedSharding(self.mesh, PartitionSpec(SEED)))
+
+    def split(self, tree: Any) -> list[Any]:
+        """The other way round."""
+        parts = [_at(tree, np.int32(i)) for i in range(self.count)]
+        return parts if self.mesh is None else [jax.device_put(part, jax.devices()[0]) for part in parts]
+
+    def each(self, tree: Any) -> list[Any]:
+        """The same for NumPy leaves."""
+        return [jax.tree.map(lambda x, i=i: x[i, ...], tree) for i in range(self.count)]
+
+    def call(self, fn: Any, static: tuple[Any, ...], shared: Any, *each: Any) -> Any:
+        """`fn(*static, shared, *each)`, compiled, of a function for trees with a leading axis of seeds."""
+        return _call(fn, static, self.mesh, shared, each)
+
+    def learn(self, state: TrainState, block: Transition, due: Due) -> tuple[TrainState, Metrics]:
         """`train.learn_block` of every seed; returns before it is done, and donates the state."""
-        stacked = jax.tree.map(lambda *rows: np.stack(rows), *blocks)
-        return _learn(state, stacked, due, self.recipe, self.mesh)
+        return _learn(state, block, due, self.recipe, self.mesh)
+
+    def exploration(self, state: TrainState, step: int) -> Policy:
+        """What collects the blocks that start at `step`, on the device; not to be kept when the state is
+        donated."""
+        return _explorers(state, np.int32(step))
+
+    def deterministic(self, state: TrainState) -> Policy:
+        """What is judged, on the device."""
+        return _policies(state.agent)
 
     def explorers(self, state: TrainState, step: int) -> list[Policy]:
         """The policies that collect the blocks that start at `step`."""
-        return self._each(_explorers(state, np.int32(step)))
+        return self.each(on_host(self.exploration(state, step)))
 
     def policies(self, state: TrainState) -> list[Policy]:
         """The deterministic policies."""
-        return self._each(_policies(state.agent))
+        return self.each(on_host(self.deterministic(state)))
 
     def numbers(self, metrics: Metrics) -> list[dict[str, float]]:
         """The metrics of each run; waits for them."""
         numbers = jax.device_get(metrics)
         return [{name: float(value[i]) for name, value in numbers.items()} for i in range(self.count)]
-
-    def _each(self, stacked: Any) -> list[Any]:
-        on_the_host = on_host(stacked)
-        return [jax.tree.map(lambda x, i=i: x[i, ...], on_the_host) for i in range(self.count)]
 
 
 def _counts(state: TrainState) -> tuple[Any, ...]:
@@ -165,3 +224,23 @@ def _part(states: TrainState, number: jax.Array) -> TrainState:
     return jax.tree.map(
         lambda axis, leaf: leaf if axis is None else leaf[number], axes, states, is_leaf=lambda x: x is None
     )
+
+
+@jax.jit
+def _at(tree: Any, number: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[number], tree)
+
+
+@jax.jit
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@partial(jax.jit, static_argnames=("fn", "static", "mesh"))
+def _call(fn: Any, static: tuple[Any, ...], mesh: Mesh | None, shared: Any, each: tuple[Any, ...]) -> Any:
+    every = partial(fn, *static)
+    if mesh is not None:
+        whole, split = PartitionSpec(), PartitionSpec(SEED)
+        specs = (whole, *(split for _ in each))
+        every = jax.shard_map(every, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    return every(shared, *each)

@@ -18,11 +18,11 @@ import numpy as np
 from mve import config, folders, schedule
 from mve.config import Config
 from mve.dynamics import DynamicsConfig
-from mve.envs import host, oracle
+from mve.envs import device, host, oracle
 from mve.envs.base import EnvSpec, Episode, Snapshot
 from mve.envs.host import HostEnv
 from mve.envs.known import never
-from mve.evaluate import Evaluation, evaluate
+from mve.evaluate import LONGEST_EPISODE, Evaluation, evaluate
 from mve.imagine import ImaginationConfig
 from mve.policies import Policy
 from mve.state import Capacity, Progress, Recipe
@@ -55,6 +55,14 @@ class Run:
         self.instance, self._eval_env = instance, eval_env
         config.check_actions(built, self.spec)
         self.config = schedule.with_budgets(built, self.spec.max_episode_steps)
+        self.device = device.of(  # takes its steps in place of `env`, if there is one
+            instance,
+            self.spec,
+            built.seed,
+            built.train.block_steps,
+            truncation_is_terminal=built.env.truncation_is_terminal,
+            keeps_density=built.targets.reads_segments,
+        )
         self.recipe = self._make_recipe()
         self.user_functions = [
             name for name, fn in (("reward", reward_fn), ("termination", termination_fn)) if fn is not None
@@ -154,6 +162,9 @@ class Run:
 
     def evaluate(self, policy: Policy, step: int, episodes: int | None = None) -> Evaluation:
         """Return and length of episodes under the deterministic policy, in environments of their own."""
+        if self.device is not None:
+            count = episodes or self.config.evaluate.episodes
+            return Evaluation(*self.device.evaluate(policy, step, count, LONGEST_EPISODE))
         while len(self._eval_envs) < (wanted := episodes or self.config.evaluate.episodes):
             self._eval_envs.append(self.another_env())
         return evaluate(self._eval_envs[:wanted], policy, seed=self.config.seed, step=step)
@@ -203,29 +214,32 @@ class Run:
 
     def save(self, folder: Path, progress: Progress) -> None:
         """A checkpoint of this run, whose progress is given, into a folder."""
+        env = self.device or self.env
         facts = {
-            "next_episode": self.env.next_episode,
+            "next_episode": env.next_episode,
             "seconds": self.seconds,
             "recent": [list(episode) for episode in self.recent],
             "metrics": {name: x for name, x in self.metrics.items() if np.isfinite(x)},
         }
-        folders.save(folder, progress, self.env.snapshot(), facts)
+        folders.save(folder, progress, env.snapshot(), facts)
 
     def stands_at(self, env: Snapshot | None, facts: Json) -> None:
         """Go on from a checkpoint: within its episode, or in the next where `env` could not be had."""
+        acted_in = self.device or self.env
         if env is None:
-            self.env.num_steps, self.env.num_episodes = facts["num_env_steps"], facts["next_episode"]
+            acted_in.num_steps, acted_in.num_episodes = facts["num_env_steps"], facts["next_episode"]
         else:
-            self.env.restore(env)
+            acted_in.restore(env)
         self.seconds, self.metrics = facts["seconds"], facts["metrics"]
         self.recent.extend(Episode(*episode) for episode in facts["recent"])
 
     def keep_what_can_be_kept(self) -> str | None:
         """Before a checkpoint: where the environment's state cannot be in it, give the episode up here as a
         resumed run will have to, and say why."""
-        if why := self.env.snapshot_obstacle:
+        if self.device is None and (why := self.env.snapshot_obstacle):
             self.env.abandon()
-        return why
+            return why
+        return None
 
 
 def _interval(imagination: ImaginationConfig) -> str:

@@ -17,12 +17,13 @@ import jax
 
 from mve import folders
 from mve.envs import host
+from mve.envs.native import NativeTask
 from mve.learner import Learner, go_on
 from mve.program import devices_for
 from mve.types import UserError
 
 
-def train_seeds(env: str | gym.Env, algo: str | None = None, **given: Any) -> list[Learner]:
+def train_seeds(env: str | gym.Env | NativeTask, algo: str | None = None, **given: Any) -> list[Learner]:
     """Train a learner for each seed, all in one program, to the end of the budget; takes what `create` does.
 
     Each has the environment's draws and the exploration noise of a run of that seed alone; its updates
@@ -37,7 +38,7 @@ def resume_seeds(run_dir: Path | str, total_timesteps: int | None = None, **give
 
 
 def create(
-    env: str | gym.Env,
+    env: str | gym.Env | NativeTask,
     algo: str | None = None,
     *,
     seeds: Sequence[int],
@@ -63,7 +64,7 @@ def create(
     return learners
 
 
-def load(run_dir: Path | str, env: gym.Env | None = None, **given: Any) -> list[Learner]:
+def load(run_dir: Path | str, env: gym.Env | NativeTask | None = None, **given: Any) -> list[Learner]:
     """The learners of a folder of seeds; `given` is what `Learner.load` takes beside the folder."""
     learners = [Learner.load(folder, _copied(env), **given) for folder in folders.seeds_of(Path(run_dir))]
     if not learners:
@@ -103,8 +104,8 @@ def _name(seeds: Sequence[int]) -> str:
 
 
 def _copied(env: Any) -> Any:
-    """An environment of its own for each seed; an id, or nothing, as it is."""
-    if env is None or isinstance(env, str):
+    """An environment of its own for each seed; an id, a native task, or nothing, as it is."""
+    if env is None or isinstance(env, str | NativeTask):
         return env
     try:
         return copy.deepcopy(env)

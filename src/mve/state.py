@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from mve import agents, dynamics, replay
@@ -86,7 +87,22 @@ class Progress(NamedTuple):
 
 
 def initial_state(recipe: Recipe, capacity: Capacity, seed: int) -> TrainState:
-    """Nothing collected, nothing learned."""
+    """Nothing collected, nothing learned. Cannot be traced: `fresh_state` can.
+
+    Compiled as a whole: one by one, its hundred small steps take most of a run's start. Of true functions it
+    matters only which there are, so that the seeds of a batch share the compilation.
+    """
+    known = Known(*(None if fn is None else _unasked for fn in recipe.known))
+    simulator = None if recipe.simulator is None else _unasked
+    return _initial_state(replace(recipe, known=known, simulator=simulator), capacity, np.uint32(seed))
+
+
+def _unasked(*_: Array) -> Any:
+    raise AssertionError("a state is made without asking the environment")
+
+
+def fresh_state(recipe: Recipe, capacity: Capacity, seed: Array | int) -> TrainState:
+    """The same, step by step: for its shapes, under a transformation."""
     root, model_key, agent_key = jax.random.split(jax.random.key(seed), 3)
     sizes, imagines = (recipe.obs_size, recipe.action_size), recipe.imagination.starts > 0
     return TrainState(
@@ -98,6 +114,14 @@ def initial_state(recipe: Recipe, capacity: Capacity, seed: int) -> TrainState:
         num_env_steps=jnp.int32(0),
         key=root,
     )
+
+
+# It is run once: code that is had quickly, rather than quick code, halves the time that compiling takes.
+_initial_state = jax.jit(
+    fresh_state,
+    static_argnames=("recipe", "capacity"),
+    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
 
 
 def grown(state: TrainState, capacity: Capacity) -> TrainState:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
-from mve.envs import control_suite
+from mve.envs import control_suite, native
 from mve.envs import snapshot as snapshots
 from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
 from mve.envs.known import known_functions, name_of
@@ -34,6 +34,8 @@ EPISODE_STREAM = 1  # first word of the seeds of training episodes; evaluation a
 
 def make(config: EnvConfig) -> gym.Env:
     """A fresh environment of that id; a typing mistake gets the nearest names."""
+    if native.is_native(config.id):
+        return native.make(config.id, config.kwargs or {})
     is_suite = config.id.startswith(control_suite.PREFIX)
     task = control_suite.spec(config.id) if is_suite else config.id
     try:
@@ -110,7 +112,7 @@ def _check_spaces(env: gym.Env, name: str) -> tuple[Box, ActionSpace]:
     return obs, action
 
 
-def _native_on_device(space: ActionSpace) -> Callable[[jax.Array], jax.Array]:
+def native_on_device(space: ActionSpace) -> Callable[[jax.Array], jax.Array]:
     """`native_action` in JAX, for actions that are within their limits already."""
     if isinstance(space, Discrete):
         return lambda action: int(space.start) + jnp.argmax(action, axis=-1)
@@ -165,7 +167,7 @@ class HostEnv:
 
     def _of_agents_actions(self, known: Known) -> Known:
         """The same functions for actions as the agent's: outside this folder there is no other kind."""
-        native = _native_on_device(self._action_space)
+        native = native_on_device(self._action_space)
         reward_fn, termination_fn = known
         reward = reward_fn and (lambda obs, action, next_obs: reward_fn(obs, native(action), next_obs))
         termination = termination_fn and (

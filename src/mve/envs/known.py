@@ -52,8 +52,17 @@ def known_functions(env: gym.Env[Any, Any]) -> Known:
     anything below a wrapper that could change what the agent sees or is paid.
     """
     env = below_harmless_wrappers(env)
+    if isinstance(task_known := getattr(env, "known", None), Known):  # a native task's own
+        return task_known
     build, version = _BUILDERS.get(class_name(env), (lambda _, __: Known(None, None), 0))
     return build(env, version)
+
+
+def of_class(name: str, settings: Any) -> Known:
+    """Those of one of Gymnasium's classic control tasks, such as "cartpole:CartPoleEnv", for an instance with
+    these attributes."""
+    build, version = _BUILDERS[f"gymnasium.envs.classic_control.{name}"]
+    return build(settings, version)
 
 
 def below_harmless_wrappers(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
