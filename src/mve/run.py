@@ -9,6 +9,8 @@ import copy
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
 import gymnasium as gym
@@ -19,9 +21,11 @@ from mve import config, folders, schedule
 from mve.config import Config
 from mve.dynamics import DynamicsConfig
 from mve.envs import host, oracle
-from mve.envs.base import EnvSpec, Episode, Snapshot
-from mve.envs.host import HostEnv
+from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
+from mve.envs.host import BrokenOffError, HostEnv
 from mve.envs.known import never
+from mve.envs.stepped import Here, Restarts, Stepped
+from mve.envs.worker import Worker
 from mve.evaluate import Evaluation, evaluate
 from mve.policies import Policy
 from mve.state import Capacity, Progress, Recipe
@@ -43,15 +47,20 @@ class Run:
         termination_fn: TerminationFn | None = None,
         eval_env: gym.Env | None = None,
     ):
+        if built.env.is_apart and not built.env.id:
+            raise UserError("env.own_process and env.timeout need an environment given by its id")
+        self.instance, self._eval_env = instance, eval_env
+        self.restarts = Restarts(built.env)
         self.env = HostEnv(
             instance,
             seed=built.seed,
             truncation_is_terminal=built.env.truncation_is_terminal,
             reward_fn=reward_fn,
             termination_fn=termination_fn,
+            stepped=partial(_stepped, built.env, instance),
+            restarts=self.restarts,
         )
         self.spec: EnvSpec = self.env.spec
-        self.instance, self._eval_env = instance, eval_env
         config.check_actions(built, self.spec)
         self.config = schedule.with_budgets(built, self.spec.max_episode_steps)
         self.recipe = self._make_recipe()
@@ -62,7 +71,7 @@ class Run:
         self.seconds = 0.0  # of training, up to where the run stands
         self.recent: deque[Episode] = deque(maxlen=RECENT_EPISODES)
         self.metrics: dict[str, float] = {}  # what learning said last
-        self._eval_envs: list[gym.Env] = []
+        self._eval_envs: list[Stepped] = []
 
     def _make_recipe(self) -> Recipe:
         settings = self.config
@@ -123,24 +132,41 @@ class Run:
         settings = self.config.train
         return step >= settings.learning_starts or settings.warmup == "policy"
 
-    def collect(self, policy: Policy | None, step: int, count: int) -> Transition:
+    def collect(self, policy: Policy | None, step: int, num_steps: int) -> Transition:
         """The block of real steps that starts at `step`, padded to a whole one; no policy: random actions.
 
-        What is drawn depends on the seed and the step only.
+        What is drawn depends on the seed and the step only. A fault that ends the run raises BrokenOffError,
+        whose block is padded too.
         """
-        size, rng = self.config.train.block_steps, self._exploration_draws(step)
-        if policy is None:
-            actions = iter(host.random_actions(self.action_space, rng, size))
-            block, ended = self.env.collect(lambda obs: next(actions), count)
-        else:
-            noise = iter(rng.standard_normal((size, self.spec.action_size), np.float32))
-            block, ended = self.env.collect(lambda obs: policy(obs, next(noise)), count)
+        draws = self._exploration_draws(step)
+        act = self._random(draws) if policy is None else self._exploring(policy, draws)
+        try:
+            block, ended = self.env.collect(act, num_steps)
+        except BrokenOffError as broken:
+            broken.block = self._taken(policy, broken.block, broken.ended)
+            raise
+        return self._taken(policy, block, ended)
+
+    def _taken(self, policy: Policy | None, block: Transition, ended: list[Episode]) -> Transition:
+        """The block as it is learned from, once it is taken note of."""
         if self.config.targets.reads_segments:
             block = block._replace(log_density=self._log_density(policy, block))  # pyright: ignore[reportArgumentType]
         self.recent.extend(ended)
-        return jax.tree.map(
-            lambda x: np.concatenate([x, np.zeros_like(x[:1]).repeat(size - count, 0)]), block
-        )
+        missing = self.config.train.block_steps - len(block.obs)
+        return jax.tree.map(lambda x: np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]), block)
+
+    # Draws come a block at a time. One is enough, but for steps that an environment failed at.
+
+    def _random(self, rng: np.random.Generator) -> HostPolicy:
+        size = self.config.train.block_steps
+        blocks = (host.random_actions(self.action_space, rng, size) for _ in count())
+        actions = chain.from_iterable(blocks)
+        return lambda obs: next(actions)
+
+    def _exploring(self, policy: Policy, rng: np.random.Generator) -> HostPolicy:
+        shape = (self.config.train.block_steps, self.spec.action_size)
+        noise = chain.from_iterable(rng.standard_normal(shape, np.float32) for _ in count())
+        return lambda obs: policy(obs, next(noise))
 
     def _exploration_draws(self, step: int) -> np.random.Generator:
         return np.random.default_rng([EXPLORATION_STREAM, self.config.seed, step])
@@ -154,9 +180,18 @@ class Run:
 
     def evaluate(self, policy: Policy, step: int, episodes: int | None = None) -> Evaluation:
         """Return and length of episodes under the deterministic policy, in environments of their own."""
-        while len(self._eval_envs) < (wanted := episodes or self.config.evaluate.episodes):
-            self._eval_envs.append(self.another_env())
-        return evaluate(self._eval_envs[:wanted], policy, seed=self.config.seed, step=step)
+        wanted, settings = episodes or self.config.evaluate.episodes, self.config.env
+        if self._eval_env is not None:
+            settings = EnvConfig()  # an instance is stepped here
+        # A process holds one environment: evaluation keeps a single one, whose episodes follow one another.
+        while len(self._eval_envs) < (1 if settings.is_apart else wanted):
+            self._eval_envs.append(_stepped(settings, self.another_env(), self.spec.obs_size))
+        return evaluate(
+            self._eval_envs[:wanted],
+            policy,
+            self.action_space,
+            **{"episodes": wanted, "seed": self.config.seed, "step": step, "restarts": self.restarts},
+        )
 
     def another_env(self) -> gym.Env:
         """An environment of the same task, for evaluation."""
@@ -226,6 +261,13 @@ class Run:
         if why := self.env.snapshot_obstacle:
             self.env.abandon()
         return why
+
+
+def _stepped(settings: EnvConfig, env: gym.Env, obs_size: int) -> Stepped:
+    """What steps the environment, which is `env` but for one in a process of its own."""
+    if settings.is_apart:
+        return Worker(settings, obs_size)
+    return Here(env, obs_size, partial(host.make, settings) if settings.id else None)
 
 
 def _known(settings: DynamicsConfig, spec: EnvSpec, name: str) -> Known:

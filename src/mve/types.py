@@ -12,7 +12,7 @@ Actions are scaled to [-1, 1], and the choice among A discrete ones is a one-hot
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -112,7 +112,21 @@ class Known(NamedTuple):
 
 
 class UserError(Exception):
-    """A mistake the user can mend: shown as one line, exit code 2, never a traceback."""
+    """A mistake the user can mend: shown as one line, never a traceback."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class DivergedError(UserError):
+    """Training gave what is not finite. The first line says what and where, the others what led to it."""
+
+    exit_code = 3
+
+
+class FaultError(UserError):
+    """An environment failed and was not to be begun anew, or not once more."""
+
+    exit_code = 4
 
 
 # Ranges of settings, checked when a configuration is read.
@@ -122,4 +136,5 @@ Widths = tuple[Positive, ...]
 Rate = Annotated[float, Meta(gt=0, le=1e3)]
 NonNegative = Annotated[float, Meta(ge=0, le=1e9)]
 Unit = Annotated[float, Meta(ge=0, le=1)]
+Seconds = Annotated[float, Meta(gt=0, le=1e6)]
 Json: TypeAlias = dict[str, Any]
