@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ def main() -> int:
 
 def report(marks: list[Mark]) -> int:
     print("      steps   us a step   resident MB")
-    for before, mark in zip(marks, marks[1:], strict=False):
+    for before, mark in pairwise(marks):
         print(f"{mark.step:11,} {step_us(before, mark):11.1f} {mark.resident_mb:13.1f}", flush=True)
     fifth = len(marks) // 5
     early, late = step_us(marks[fifth], marks[2 * fifth]), step_us(marks[-1 - fifth], marks[-1])

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mve.envs.base import EnvConfig
 from mve.envs.host import ActionSpace, action_size, episode_seed, native_action
 from mve.envs.stepped import Fault, Restarts, Stepped
 from mve.policies import Policy
@@ -43,7 +42,7 @@ def evaluate(
     episodes: int,
     seed: int,
     step: int,
-    restarts: Restarts | None = None,
+    restarts: Restarts,
 ) -> Evaluation:
     """Undiscounted return of so many episodes, without noise; `policy` has NumPy leaves.
 
@@ -53,7 +52,6 @@ def evaluate(
     raised.
     """
     seeds = [episode_seed(EVALUATION_STREAM, seed, step, i) for i in range(episodes)]
-    restarts = restarts or Restarts(EnvConfig())
     parts = [
         _side_by_side(envs, policy, space, seeds[first : first + len(envs)], restarts)
         for first in range(0, episodes, len(envs))

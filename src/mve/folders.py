@@ -53,6 +53,12 @@ def seeds_of(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
+def newest(folder: Path) -> str | None:
+    """Name of the newest checkpoint of a run, sound or not; None if it has none."""
+    found = checkpoint.latest(folder / "checkpoints")
+    return found and found.name
+
+
 def refuse_taken(folder: Path) -> None:
     """A run is never written over."""
     if (folder / "config.json").exists():

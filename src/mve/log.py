@@ -3,6 +3,7 @@
     metrics.jsonl      one record per line                 {"time/total_timesteps": 1000, "model/loss": 0.1}
     evaluations.csv    one row per evaluation episode      step,episode,return,length
     versions.json      what made the run                   mujoco.log    MuJoCo's own warnings
+    events.log         what went wrong, if anything did
 
 The files are the record; the console (`mve.display`) is a view of it.
 """
@@ -29,6 +30,7 @@ import numpy as np
 from mve.types import Json, UserError
 
 METRICS, EVALUATIONS, VERSIONS, MUJOCO_LOG = "metrics.jsonl", "evaluations.csv", "versions.json", "mujoco.log"
+EVENTS = "events.log"
 STEP = "time/total_timesteps"
 COLUMNS = ("step", "episode", "return", "length")
 PACKAGES = ("numpy", "jax", "jaxlib", "equinox", "optax", "gymnasium", "mujoco", "dm-control")
@@ -39,6 +41,7 @@ class RunLog:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         self._metrics = (folder / METRICS).open("a", encoding="utf-8")
         self._evaluations = (folder / EVALUATIONS).open("a", encoding="utf-8", newline="")
         if self._evaluations.tell() == 0:
@@ -67,6 +70,12 @@ class RunLog:
             (int(step), episode, float(ret), int(length))
             for episode, (ret, length) in enumerate(zip(returns, lengths, strict=True))
         )
+
+    def event(self, text: str) -> None:
+        """What went wrong and when, for whoever looks later; a line each, never taken back."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError), (self._folder / EVENTS).open("a", encoding="utf-8") as file:
+            file.writelines(f"{now} {line}\n" for line in text.splitlines())
 
     def _append_rows(self, rows: Any) -> None:
         csv.writer(self._evaluations, lineterminator="\n").writerows(rows)

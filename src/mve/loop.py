@@ -15,50 +15,24 @@ overlap, block k+1 is collected with the policy of state k+1, as in the algorith
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from mve import log, schedule, train
 from mve.display import Display
+from mve.envs.host import BrokenOffError
+from mve.interrupt import Interrupt
 from mve.policies import Policy
 from mve.program import Alone, Together
 from mve.run import Run
 from mve.state import Progress
 from mve.train import Due
-from mve.types import Metrics, Transition
-
-
-class Interrupt:
-    """Ctrl-C asks the loop to finish its block; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """While this lasts; signals reach the main thread only."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(signum: int, frame: Any) -> None:
-            del signum, frame
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-
-        previous = signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+from mve.types import FaultError, Metrics, Transition
 
 
 class Collected(NamedTuple):
@@ -90,6 +64,7 @@ class Loop:
         self._explorers: list[Policy | None] = [each.explorer for each in progress]
         self._collected: Collected | None = None
         self._learning: Learning | None = None
+        self._fault: FaultError | None = None
         self._traces: int | None = None
         self._said = False
 
@@ -102,7 +77,11 @@ class Loop:
     def go_on(
         self, total: int, records: Sequence[log.RunLog], display: Display, interrupt: Interrupt
     ) -> None:
-        """Up to so many environment steps, or until Ctrl-C; ends with an evaluation and a checkpoint."""
+        """Up to so many environment steps, or until a signal; ends with an evaluation and a checkpoint.
+
+        After a fault of an environment it ends with a checkpoint and raises FaultError. Raises DivergedError
+        without one: the checkpoint before is the last good one.
+        """
         settings, interval = self.config.train, self.config.evaluate.interval_steps
         started, before_start = time.perf_counter(), [run.seconds for run in self.runs]
         stopping = False
@@ -110,23 +89,51 @@ class Loop:
             before = self.step
             self._learn()
             self._collect(min(settings.block_steps, total - before))
-            stopping = interrupt.asked
-            ends = stopping or self.step == total
-            evaluates = schedule.crosses(before, self.step, interval) or self.step == total
-            saves = schedule.crosses(before, self.step, settings.checkpoint_interval) or ends
+            looks = schedule.crosses(before, self.step, interval) or self.step == total
+            evaluates = looks and self._fault is None
+            saves = schedule.crosses(before, self.step, settings.checkpoint_interval) or self.step == total
+            saves = saves or interrupt.asked or self._fault is not None
             if evaluates or saves or not settings.overlap:
                 self._learn()
                 self._read()
             for run, seconds in zip(self.runs, before_start, strict=True):
                 run.seconds = seconds + time.perf_counter() - started
             display.progress(self.step, self._shown())
-            judged = self.evaluate(records, display) if evaluates else [{} for _ in self.runs]
+            judged = self._evaluated(records, display) if evaluates else [{} for _ in self.runs]
             if evaluates or schedule.crosses(before, self.step, max(interval // 5, 1)):
                 for run, record, result in zip(self.runs, records, judged, strict=True):
                     record.record(self.step, run.line(self.step) | result)
-            if saves:
-                self._give_up_episodes(display)
-                self.save()
+            self._tell(records, display)
+            stopping = interrupt.asked or self._fault is not None
+            if saves or stopping:
+                self._save_what_is_sound(display)
+        if self._fault is not None:
+            raise self._fault
+
+    def _evaluated(self, records: Sequence[log.RunLog], display: Display) -> list[dict[str, float]]:
+        try:
+            return self.evaluate(records, display)
+        except FaultError as fault:
+            self._fault = fault
+            return [{} for _ in self.runs]
+
+    def _tell(self, records: Sequence[log.RunLog], display: Display) -> None:
+        """What was begun anew, to the person who waits and to the record."""
+        for run, record in zip(self.runs, records, strict=True):
+            for text in run.restarts.said():
+                display.say(text)
+                record.event(text)
+
+    def _save_what_is_sound(self, display: Display) -> None:
+        """A checkpoint, unless what would be in it is beyond repair."""
+        self._learn()
+        self._read()
+        for run, is_finite in zip(self.runs, self.program.are_finite(self.state), strict=True):
+            if not is_finite:
+                raise run.diverged("a network's weight or its optimiser is not finite", self.step)
+        if self._fault is None:
+            self._give_up_episodes(display)
+        self.save()
 
     def _learn(self) -> None:
         """Ask the device to learn from what was collected, if that is not done; it is not waited for.
@@ -160,11 +167,32 @@ class Loop:
         before, explorers = self.step, self._explorers
         if not self.config.train.overlap or explorers[0] is None:
             explorers = self._fetched_explorers()
-        blocks = [
-            run.collect(policy, before, count) for run, policy in zip(self.runs, explorers, strict=True)
-        ]
+        blocks: list[Transition] = []
+        for run, policy in zip(self.runs, explorers, strict=True):
+            self._check_policy(run, policy)
+            try:
+                blocks.append(run.collect(policy, before, count))
+            except BrokenOffError as fault:
+                blocks.append(fault.block)
+                self._fault, count = fault, run.env.num_steps - before
+        if self._fault is not None:
+            both = zip(self.runs, blocks, strict=True)
+            blocks = [self._cut(run, block, before, count) for run, block in both]
         self.step += count
-        self._collected = Collected(blocks, before, self.step)
+        self._collected = Collected(blocks, before, self.step) if count else None
+
+    @staticmethod
+    def _check_policy(run: Run, policy: Policy | None) -> None:
+        """What acts is finite, or an environment would be blamed for its actions."""
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(policy)):
+            raise run.diverged("the policy is not finite", run.env.num_steps)
+
+    @staticmethod
+    def _cut(run: Run, block: Transition, before: int, count: int) -> Transition:
+        """The rows up to another seed's fault, so that all stand at the same step; then a new episode."""
+        if run.env.num_steps > before + count:
+            run.env.lose(before + count)
+        return jax.tree.map(lambda x: np.concatenate([x[:count], np.zeros_like(x[count:])]), block)
 
     def _fetched_explorers(self) -> list[Policy | None]:
         """The state's policies for the block that starts here; None where actions are random."""

@@ -28,6 +28,13 @@ def on_host(tree: Any) -> Any:
 SEED = "seed"  # the axis that devices share out
 
 
+def _are_finite(state: TrainState, seeds: int) -> list[bool]:
+    """Whether the networks and their optimisers are, for each of so many seeds; waits for them."""
+    leaves = jax.tree.leaves((state.model, state.agent))
+    numbers = [np.asarray(leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return np.all([np.isfinite(x).reshape(seeds, -1).all(axis=1) for x in numbers], axis=0).tolist()
+
+
 class Alone:
     """One training state as it is."""
 
@@ -56,6 +63,10 @@ class Alone:
     def policies(self, state: TrainState) -> list[Policy]:
         """The deterministic policies."""
         return [on_host(state.agent.policy())]
+
+    def are_finite(self, state: TrainState) -> list[bool]:
+        """Whether the networks of each run are free of NaN and infinities; waits for them."""
+        return _are_finite(state, 1)
 
     def numbers(self, metrics: Metrics) -> list[dict[str, float]]:
         """The metrics of each run; waits for them."""
@@ -111,6 +122,10 @@ class Together:
     def policies(self, state: TrainState) -> list[Policy]:
         """The deterministic policies."""
         return self._each(_policies(state.agent))
+
+    def are_finite(self, state: TrainState) -> list[bool]:
+        """Whether the networks of each run are free of NaN and infinities; waits for them."""
+        return _are_finite(state, self.count)
 
     def numbers(self, metrics: Metrics) -> list[dict[str, float]]:
         """The metrics of each run; waits for them."""

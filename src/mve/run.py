@@ -6,6 +6,7 @@ No training state is kept here: policies come in, with NumPy leaves, and blocks 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,19 +18,20 @@ import gymnasium as gym
 import jax
 import numpy as np
 
-from mve import config, folders, schedule
+from mve import config, divergence, folders, schedule
 from mve.config import Config
+from mve.divergence import Watch
 from mve.dynamics import DynamicsConfig
 from mve.envs import host, oracle
 from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
 from mve.envs.host import BrokenOffError, HostEnv
-from mve.envs.known import never
+from mve.envs.known import name_of, never
 from mve.envs.stepped import Here, Restarts, Stepped
 from mve.envs.worker import Worker
 from mve.evaluate import Evaluation, evaluate
 from mve.policies import Policy
 from mve.state import Capacity, Progress, Recipe
-from mve.types import Json, Known, RewardFn, StepFn, TerminationFn, Transition, UserError
+from mve.types import DivergedError, Json, Known, RewardFn, StepFn, TerminationFn, Transition, UserError
 
 EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
 RECENT_EPISODES = 10
@@ -50,7 +52,7 @@ class Run:
         if built.env.is_apart and not built.env.id:
             raise UserError("env.own_process and env.timeout need an environment given by its id")
         self.instance, self._eval_env = instance, eval_env
-        self.restarts = Restarts(built.env)
+        self.restarts = Restarts(built.env, f"{name_of(instance)}, seed {built.seed}")
         self.env = HostEnv(
             instance,
             seed=built.seed,
@@ -71,6 +73,7 @@ class Run:
         self.seconds = 0.0  # of training, up to where the run stands
         self.recent: deque[Episode] = deque(maxlen=RECENT_EPISODES)
         self.metrics: dict[str, float] = {}  # what learning said last
+        self.watch = Watch()
         self._eval_envs: list[Stepped] = []
 
     def _make_recipe(self) -> Recipe:
@@ -152,6 +155,7 @@ class Run:
         if self.config.targets.reads_segments:
             block = block._replace(log_density=self._log_density(policy, block))  # pyright: ignore[reportArgumentType]
         self.recent.extend(ended)
+        self.watch.see(block)
         missing = self.config.train.block_steps - len(block.obs)
         return jax.tree.map(lambda x: np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]), block)
 
@@ -217,12 +221,19 @@ class Run:
     def note(self, numbers: Mapping[str, float], step: int, fits: int) -> None:
         """What learning up to `step` said. A block that fits nothing says nothing of fits: the last fit's
         word stands."""
-        if not np.isfinite(numbers["train/critic_loss"]):
-            raise UserError(f"training diverged: the critic's loss is not finite at step {step}")
+        if what := divergence.not_finite(numbers, fits):
+            raise self.diverged(f"{what} is not finite", step)
         said = {k: x for k, x in numbers.items() if fits or np.isfinite(x) or not k.startswith("model/")}
         said["train/n_updates"] = float(schedule.updates_due(self.config, step))
         said["mve/horizon"] = float(self.config.targets.imagined_steps)
         self.metrics |= said
+        if exploding := self.watch.exploding(numbers, self.config, self.spec.action_size):
+            warnings.warn(f"{exploding} (step {step})", RuntimeWarning, stacklevel=2)
+
+    def diverged(self, what: str, step: int) -> DivergedError:
+        """To be raised: what is wrong, and below it what led there."""
+        first = f"training diverged: seed {self.config.seed}, {what} at step {step}"
+        return DivergedError("\n".join([first, *self.watch.diagnosis(what, self.metrics)]))
 
     def line(self, step: int) -> dict[str, float]:
         """What a record of metrics.jsonl says, but for evaluations."""
@@ -230,6 +241,8 @@ class Run:
         if self.recent:
             line["rollout/ep_rew_mean"] = float(np.mean([e.ret for e in self.recent]))
             line["rollout/ep_len_mean"] = float(np.mean([e.length for e in self.recent]))
+        if self.restarts.allowed:
+            line["env/restarts"] = float(self.restarts.used)
         return line | self.metrics
 
     def write_facts(self, folder: Path) -> None:
@@ -243,6 +256,8 @@ class Run:
             "seconds": self.seconds,
             "recent": [list(episode) for episode in self.recent],
             "metrics": {name: x for name, x in self.metrics.items() if np.isfinite(x)},
+            "restarts": self.restarts.used,
+            "seen": self.watch.facts(),
         }
         folders.save(folder, progress, self.env.snapshot(), facts)
 
@@ -253,6 +268,8 @@ class Run:
         else:
             self.env.restore(env)
         self.seconds, self.metrics = facts["seconds"], facts["metrics"]
+        self.restarts.used = facts.get("restarts", 0)
+        self.watch.restore(facts.get("seen", {}))
         self.recent.extend(Episode(*episode) for episode in facts["recent"])
 
     def keep_what_can_be_kept(self) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import gymnasium as gym
 import jax
 
-from mve import folders
+from mve import folders, lock
 from mve.envs import host
 from mve.learner import Learner, go_on
 from mve.program import devices_for
@@ -81,10 +82,15 @@ def learn_together(learners: list[Learner], total_timesteps: int | None = None) 
     if any(replace(each.config, seed=0) != replace(learners[0].config, seed=0) for each in learners):
         raise UserError(f"{folder}: its runs differ in more than the seed; resume each alone")
     for learner in learners:
-        learner.prepare(total_timesteps)
-    if not learners[0].quiet:
-        print(f"{learners[0].describe()}; {_described(learners)}", file=sys.stderr)
-    go_on(learners, folder)
+        learner.set_budget(total_timesteps)
+    with ExitStack() as locks:
+        for learner in learners:
+            locks.enter_context(lock.held(learner.folder))
+        for learner in learners:
+            learner.prepare()
+        if not learners[0].quiet:
+            print(f"{learners[0].describe()}; {_described(learners)}", file=sys.stderr)
+        go_on(learners, folder)
     return learners
 
 

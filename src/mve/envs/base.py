@@ -25,12 +25,12 @@ class EnvConfig:
     truncation_is_terminal: bool = False
     """Treat a time limit as the end of all reward, as the MVE paper's code did; False keeps the bootstrap."""
     on_fault: Literal["stop", "restart"] = "stop"
-    """Where the environment raises, hangs, dies or returns nonsense. stop: save what was before it and end the
-    run. restart: make the environment anew and begin another episode."""
+    """Where the environment raises, hangs, dies or returns nonsense. stop: save what was before it and end
+    the run. restart: make the environment anew and begin another episode."""
     max_restarts: Count = 10
     """Restarts of a whole run, evaluations included, after which a fault stops it all the same."""
     timeout: Seconds | None = None
-    """Seconds that a reset or a step may take; needs a process of its own, and gives it one. None: any time."""
+    """Seconds that a reset or a step may take, in a process of its own, which it is then given. None: any."""
     own_process: bool = False
     """Step the environment in a process of its own, so that its crash is not the run's. By id only; about
     0.1 ms a step and 250 MB."""

@@ -139,7 +139,7 @@ class HostEnv:
     run's seed and the episode's number: an episode is then the same whatever came before it.
 
     An episode that a fault ends is cut short like one that a time limit ends: its rows stay, the last one
-    with its bootstrap. `stepped` makes what is stepped, for observations of a size, if that is not `env` here.
+    with its bootstrap. `stepped` makes what is stepped, for observations of a size, if that is not `env`.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class HostEnv:
         obs_space, action_space = _check_spaces(env, name)
         size = obs_space.shape[0]
         self._stepped = stepped(size) if stepped else Here(env, size)
-        self._restarts = restarts or Restarts(EnvConfig())
+        self._restarts = restarts or Restarts(EnvConfig(), name)
         self._action_space = action_space
         self._seed = seed
         self._truncation_is_terminal = truncation_is_terminal
@@ -209,7 +209,7 @@ class HostEnv:
             try:
                 rows.append(self._row(policy, ended))
             except Fault as fault:
-                told = f"{self.spec.name}: at {self._place()}, {fault}"
+                told = f"at {self._place()}, {fault}"
                 self.lose()
                 if not self._restarts.allow(told):
                     block = self._block(rows)
@@ -248,9 +248,9 @@ class HostEnv:
         return f"step {self.num_steps + 1}, step {self._length + 1} of episode {self.num_episodes}"
 
     def lose(self, num_steps: int | None = None) -> None:
-        """Give up the environment's state: what follows, after so many steps, is an episode of another number.
+        """Give up the environment's state: what follows, after so many steps, is another episode.
 
-        Other than by `abandon`, an episode that was not begun is passed over too: its reset may be at fault.
+        Other than by `abandon`, one that was not begun is passed over too: its reset may be at fault.
         """
         self.num_episodes, self._obs, self._lost = self.num_episodes + 1, None, True
         self.num_steps = self.num_steps if num_steps is None else num_steps

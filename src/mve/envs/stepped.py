@@ -18,7 +18,7 @@ from mve.envs.base import EnvConfig, Snapshot
 from mve.types import UserError
 
 
-class Fault(Exception):  # noqa: N818  (the field's word: the environment's, not ours)
+class Fault(Exception):
     """What an environment did wrong, in words that follow "at step N,"."""
 
 
@@ -152,7 +152,8 @@ LARGEST = float(np.finfo(np.float32).max)  # beyond it a reward would be infinit
 class Restarts:
     """How often an environment may still be begun anew; shared by training and evaluation."""
 
-    def __init__(self, config: EnvConfig):
+    def __init__(self, config: EnvConfig, whose: str):
+        self._whose = whose  # environment and seed, before what is said
         self.allowed = config.max_restarts if config.on_fault == "restart" else 0
         self.used = 0
         self._said: list[str] = []
@@ -162,7 +163,7 @@ class Restarts:
         if self.used >= self.allowed:
             return False
         self.used += 1
-        self._said.append(f"{fault}; the environment is begun anew, restart {self.used} of {self.allowed}")
+        self._said.append(f"{self._whose}: {fault}; begun anew, restart {self.used} of {self.allowed}")
         return True
 
     def said(self) -> list[str]:
@@ -173,8 +174,8 @@ class Restarts:
     def in_vain(self, fault: str) -> str:
         """That fault, where there is no restart, and what can be done."""
         if self.allowed:
-            return f"{fault}; all {self.allowed} restarts are used up (env.max_restarts)"
-        return f"{fault} (env.on_fault=restart would begin another episode)"
+            return f"{self._whose}: {fault}; all {self.allowed} restarts are used up (env.max_restarts)"
+        return f"{self._whose}: {fault}; env.on_fault=restart would begin another episode"
 
 
 def _real(value: Any) -> np.ndarray | None:
