@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from mve import config, folders, lock, log, plot, schedule, train
+from mve import config, folders, lock, log, plot, room, schedule, train
 from mve.config import Config
 from mve.display import Display
 from mve.envs import host
@@ -68,6 +68,7 @@ class Learner:
             self.run = Run(built, instance, eval_env=eval_env, **functions)
         default = folders.default(self.spec.name, built.algo) / f"seed-{seed}"
         self.folder = Path(run_dir) if run_dir is not None else folders.free(default)
+        self.room = room.check(self.run, self.folder)
         self.progress = Progress(initial_state(self.recipe, self.run.capacity(), seed))
         self.quiet = quiet
         self._fresh, self._broken_off = True, False
@@ -166,7 +167,7 @@ class Learner:
         with lock.held(self.folder):
             self.prepare()
             if not self.quiet:
-                print(self.describe(), file=sys.stderr)
+                print(self.describe(), self.room, sep="\n", file=sys.stderr)
             go_on([self], self.folder)
         return self
 
@@ -177,6 +178,7 @@ class Learner:
         if total_timesteps is not None:
             budget = replace(self.config.train, total_steps=self.num_timesteps + total_timesteps)
             self.run.config = replace(self.config, train=budget)
+            self.room = room.check(self.run, self.folder)
         schedule.check(self.config, self.recipe.fits_model)
 
     def prepare(self) -> None:
@@ -230,6 +232,7 @@ class Learner:
             functions = {"reward_fn": reward_fn, "termination_fn": termination_fn}
             learner.run = Run(built, env or host.make(built.env), eval_env=eval_env, **functions)
         learner.folder, learner.quiet = folder, quiet
+        learner.room = room.check(learner.run, folder)
         learner._fresh, learner._broken_off, learner._policy = False, False, None
         learner._newest = folders.newest(folder)
         learner.progress, env_state, facts = folders.restore(folder, learner.recipe)

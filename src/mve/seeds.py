@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium as gym
 import jax
 
-from mve import folders, lock
+from mve import folders, lock, room
 from mve.envs import host
 from mve.learner import Learner, go_on
 from mve.program import devices_for
@@ -53,9 +53,10 @@ def create(
     seeds = list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds {seeds}: at least one is needed, and each only once")
-    learners = [Learner(_copied(env), algo, seed=seed, **given) for seed in seeds]
+    first = Learner(_copied(env), algo, seed=seeds[0], **given)
+    first.room = room.check(first.run, Path(run_dir or "runs"), len(seeds))
+    learners = [first, *(Learner(_copied(env), algo, seed=seed, **given) for seed in seeds[1:])]
     if run_dir is None:
-        first = learners[0]
         run_dir = folders.free(folders.default(first.spec.name, first.config.algo) / f"seeds-{_name(seeds)}")
     folders.refuse_taken(Path(run_dir))
     for learner in learners:
@@ -89,7 +90,8 @@ def learn_together(learners: list[Learner], total_timesteps: int | None = None) 
         for learner in learners:
             learner.prepare()
         if not learners[0].quiet:
-            print(f"{learners[0].describe()}; {_described(learners)}", file=sys.stderr)
+            told = f"{learners[0].describe()}; {_described(learners)}"
+            print(told, learners[0].room, sep="\n", file=sys.stderr)
         go_on(learners, folder)
     return learners
 
