@@ -4,7 +4,8 @@
 
 Tiny networks and few updates, so that what is measured is what happens at every step, block, evaluation and
 checkpoint, thousands of times over. Prints a table; exit code 1 if the last fifth of the run needs more than
-the second fifth did by more than is noise (the first compiles and fills the replay).
+the second fifth did by more than is noise (the first compiles and fills the replay). Time is the processor's,
+all threads together, so that a busy machine does not count.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Watched(gym.Env):
         self.num_steps, self.count = self.num_steps + 1, self.count + 1
         self.state = (0.9 * self.state + 0.1 * float(action[0])).astype(np.float32)
         if self.num_steps % self.every == 0:
-            self.marks.append(Mark(self.num_steps, time.perf_counter(), resident_mb()))
+            self.marks.append(Mark(self.num_steps, time.process_time(), resident_mb()))
         return self.state.copy(), -float(np.abs(self.state).sum()), False, self.count == 50, {}
 
     def snapshot(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def main() -> int:
         run = Learner(
             env, asked.algo, run_dir=Path(folder) / "run", settings=settings, eval_env=trial, quiet=True
         )
-        start = Mark(0, time.perf_counter(), resident_mb())
+        start = Mark(0, time.process_time(), resident_mb())
         run.learn()
     return report([start, *env.marks])
 
