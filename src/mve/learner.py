@@ -15,7 +15,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from mve import config, folders, log, plot, schedule, train
+from mve import checkpoint, config, folders, log, plot, schedule, train
+from mve.checkpoint import Which
 from mve.config import Config
 from mve.display import Display
 from mve.envs import host
@@ -24,8 +25,9 @@ from mve.evaluate import Evaluation
 from mve.loop import Interrupt, Loop
 from mve.policies import Policy
 from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO
-from mve.program import on_host
+from mve.program import Alone, on_host
 from mve.run import Run
+from mve.segments import Shelf
 from mve.state import Progress, Recipe, TrainState, grown, initial_state
 from mve.types import RewardFn, TerminationFn, UserError
 
@@ -179,7 +181,10 @@ class Learner:
     def save(self, folder: Path | str) -> None:
         """Configuration and training state, replay included, into a folder that `load` reads."""
         self.run.write_facts(Path(folder))
-        self.run.save(Path(folder), self.progress)
+        program = Alone(self.recipe)
+        rest = self.progress._replace(state=program.rest(self.state, 0))
+        frozen = self.run.freeze(rest, program.ring(self.state, 0), Shelf())
+        checkpoint.write({folders.checkpoints(Path(folder)): frozen})
 
     @classmethod
     def load(
@@ -191,8 +196,11 @@ class Learner:
         termination_fn: TerminationFn | None = None,
         eval_env: gym.Env | None = None,
         quiet: bool = False,
+        which: Which = "newest",
     ) -> Learner:
         """The learner of a run folder, at its newest checkpoint. Nothing in the folder is executed.
+
+        `which`: "best" for the checkpoint whose evaluation was best, or the newest of at most that step.
 
         An environment instance, and functions the user had given, have to be given again. The run goes on
         within its episode, or in the next one where the environment's state cannot be saved.
@@ -215,7 +223,9 @@ class Learner:
             learner.run = Run(built, env or host.make(built.env), eval_env=eval_env, **functions)
         learner.folder, learner.quiet = folder, quiet
         learner._fresh, learner._policy = False, None
-        learner.progress, env_state, facts = folders.restore(folder, learner.recipe)
+        learner.progress, env_state, facts = folders.restore(
+            folder, learner.recipe, learner.run.identity, which
+        )
         learner.run.stands_at(env_state, facts)
         return learner
 
@@ -235,6 +245,7 @@ def go_on(learners: Sequence[Learner], folder: Path) -> None:
             records = [held.enter_context(log.RunLog(each.folder)) for each in learners]
             held.enter_context(display)
             held.enter_context(interrupt.watched())
+            held.enter_context(loop.writer)
             loop.go_on(total, records, display, interrupt)
     finally:
         for learner, progress in zip(learners, loop.progress(), strict=True):

@@ -6,6 +6,7 @@ No training state is kept here: policies come in, with NumPy leaves, and blocks 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from mve import config, folders, schedule
+from mve.checkpoint import Frozen
 from mve.config import Config
 from mve.dynamics import DynamicsConfig
 from mve.envs import host, oracle
@@ -24,6 +26,7 @@ from mve.envs.host import HostEnv
 from mve.envs.known import never
 from mve.evaluate import Evaluation, evaluate
 from mve.policies import Policy
+from mve.segments import Ring, Shelf
 from mve.state import Capacity, Progress, Recipe
 from mve.types import Json, Known, RewardFn, StepFn, TerminationFn, Transition, UserError
 
@@ -62,6 +65,7 @@ class Run:
         self.seconds = 0.0  # of training, up to where the run stands
         self.recent: deque[Episode] = deque(maxlen=RECENT_EPISODES)
         self.metrics: dict[str, float] = {}  # what learning said last
+        self.judged: Json | None = None  # by the last evaluation, and at which step
         self._eval_envs: list[gym.Env] = []
 
     def _make_recipe(self) -> Recipe:
@@ -201,24 +205,39 @@ class Run:
         """What this run is, into a folder."""
         folders.describe(folder, self.config, self.spec.name, self.user_functions)
 
-    def save(self, folder: Path, progress: Progress) -> None:
-        """A checkpoint of this run, whose progress is given, into a folder."""
+    @property
+    def identity(self) -> Json:
+        """What checkpoints of this run, and of no other beside it, say of it."""
+        return {"env": self.config.env.id, "algo": self.config.algo, "seed": self.config.seed}
+
+    def freeze(self, progress: Progress, ring: Ring, shelf: Shelf) -> Frozen:
+        """A checkpoint of this run to be written, given its progress without the replay's rows, and these."""
+        step = int(progress.state.num_env_steps)
         facts = {
+            "run": self.identity,
+            "evaluation": self.judged if self.judged and self.judged["step"] == step else None,
             "next_episode": self.env.next_episode,
             "seconds": self.seconds,
             "recent": [list(episode) for episode in self.recent],
             "metrics": {name: x for name, x in self.metrics.items() if np.isfinite(x)},
         }
-        folders.save(folder, progress, self.env.snapshot(), facts)
+        return folders.freeze(progress, self.env.snapshot(), facts, ring, shelf)
 
     def stands_at(self, env: Snapshot | None, facts: Json) -> None:
         """Go on from a checkpoint: within its episode, or in the next where `env` could not be had."""
-        if env is None:
+        if env is None or not self._restored(env):
             self.env.num_steps, self.env.num_episodes = facts["num_env_steps"], facts["next_episode"]
-        else:
-            self.env.restore(env)
-        self.seconds, self.metrics = facts["seconds"], facts["metrics"]
+        self.seconds, self.metrics, self.judged = facts["seconds"], facts["metrics"], facts["evaluation"]
         self.recent.extend(Episode(*episode) for episode in facts["recent"])
+
+    def _restored(self, env: Snapshot) -> bool:
+        """Put the environment into the state saved, which another version of MuJoCo, say, cannot take."""
+        try:
+            self.env.restore(env)
+        except UserError as error:
+            warnings.warn(f"{error}; its episode is begun anew", stacklevel=2)
+            return False
+        return True
 
     def keep_what_can_be_kept(self) -> str | None:
         """Before a checkpoint: where the environment's state cannot be in it, give the episode up here as a
