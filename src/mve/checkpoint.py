@@ -182,9 +182,9 @@ def restore(
     """State and facts of the newest sound checkpoint in `folder`, or of `which` it is to be.
 
     `template_of` its facts gives structure, shapes and dtypes; leaves are `jax.ShapeDtypeStruct`, or NumPy
-    arrays for what is to come back as such. It raises ValueError, TypeError or KeyError where the facts cannot
-    be right. A damaged checkpoint is passed over with a warning. Raises UserError if none is left, or if the
-    state saved is not the state asked for.
+    arrays for what is to come back as such. It raises ValueError, TypeError or KeyError where the facts
+    cannot be right. A damaged checkpoint is passed over with a warning. Raises UserError if none is left, or
+    if the state saved is not the state asked for.
     """
     if folder.is_symlink():
         raise UserError(
@@ -226,10 +226,9 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def latest_step(folder: Path) -> int | None:
-    """Step of the newest checkpoint, sound or not; None if there is none."""
-    newest = latest(folder)
-    return None if newest is None else manifest.step_of(newest)
+def steps(folder: Path) -> list[int]:
+    """Of which there are checkpoints, sound or not, in order."""
+    return [manifest.step_of(path) for path in manifest.checkpoints(folder)]
 
 
 def read_facts(path: Path) -> Json:

@@ -99,8 +99,8 @@ class OnRun:
     termination: FunctionPath = None
     """As it was given to train."""
 
-    def load(self, *, quiet: bool = False) -> Learner:
-        """The run at its newest checkpoint."""
+    def load(self, *, quiet: bool = False, best: bool = False) -> Learner:
+        """The run at its newest checkpoint, or at the best of those that are kept."""
         from mve.learner import Learner
 
         return Learner.load(
@@ -108,6 +108,7 @@ class OnRun:
             reward_fn=_function("reward", self.reward),
             termination_fn=_function("termination", self.termination),
             quiet=quiet,
+            which="best" if best else "newest",
         )
 
 
@@ -117,13 +118,15 @@ class Eval(OnRun):
 
     episodes: Annotated[int, arg(metavar="N")] = 10
     """How many to play."""
+    best: bool = False
+    """The policy whose evaluation was best, of those that were saved when evaluated; else the newest."""
     json: bool = False
     """Print the numbers as JSON."""
 
     def run(self) -> int:
 
         episodes = _at_least_one("--episodes", self.episodes)
-        learner = self.load()
+        learner = self.load(best=self.best)
         result = learner.evaluate(episodes)
         returns, lengths = result.returns.tolist(), result.lengths.tolist()
         if not self.json:

@@ -95,10 +95,16 @@ def describe(folder: Path, built: Config, task: str, user_functions: list[str]) 
 
 def read(folder: Path) -> Described:
     """What a run is."""
-    data = log.read_json(folder / "config.json", what="run folder")
+    path = folder / "config.json"
+    data = log.read_json(path, what="run folder")
     data.pop("task", None)
     functions = data.pop("user_functions", [])
-    return Described(config.from_json(data), functions)
+    if not isinstance(functions, list) or any(each not in ("reward", "termination") for each in functions):
+        raise UserError(f"{path}: user_functions has to be a list of reward and termination")
+    try:
+        return Described(config.from_json(data), functions)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def checkpoints(folder: Path) -> Path:

@@ -84,8 +84,7 @@ class Writer:
 
     def _what_stands(self) -> str:
         """What a run that ended now could be resumed from."""
-        steps = [checkpoint.latest_step(folder) for folder in self._folders]
-        known = [step for step in steps if step is not None]
-        if len(known) < len(steps) or not known:
+        saved = [max(checkpoint.steps(folder), default=None) for folder in self._folders]
+        if None in saved:
             return "nothing of this run is saved"
-        return f"what is saved is of step {min(known)}"
+        return f"what is saved is of step {min(step for step in saved if step is not None)}"
