@@ -69,6 +69,8 @@ def read(path: Path) -> Manifest:
             raise DamagedError(f"{path.name} is a link out of the folder")
         said = files.parse(files.read(path / FACTS, files.LARGEST_JSON))
         version, digest = said["format"], said.pop("sha256")
+        if type(version) is not int:
+            raise ValueError(f"format {version!r}")
         if version == 1:
             said = _from_format_1(said, digest, path)
         elif digest != _digest(said):
