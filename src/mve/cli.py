@@ -28,6 +28,7 @@ from mve.interrupt import leave_at_second_ctrl_c
 from mve.usage import UsageError, one_line, parse
 
 if TYPE_CHECKING:
+    from mve.checkpoint import Which
     from mve.learner import Learner
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -114,8 +115,8 @@ class OnRun:
     termination: FunctionPath = None
     """As it was given to train."""
 
-    def load(self, *, quiet: bool = False) -> Learner:
-        """The run at its newest checkpoint."""
+    def load(self, *, quiet: bool = False, which: Which = "newest") -> Learner:
+        """The run at its newest checkpoint, or at another."""
         from mve.learner import Learner
 
         return Learner.load(
@@ -123,6 +124,7 @@ class OnRun:
             reward_fn=_function("reward", self.reward),
             termination_fn=_function("termination", self.termination),
             quiet=quiet,
+            which=which,
         )
 
 
@@ -132,13 +134,15 @@ class Eval(OnRun):
 
     episodes: Annotated[int, arg(metavar="N")] = 10
     """How many to play."""
+    best: bool = False
+    """The policy whose evaluation was best, of those that were saved when evaluated; else the newest."""
     json: bool = False
     """Print the numbers as JSON."""
 
     def run(self) -> int:
 
         episodes = _at_least_one("--episodes", self.episodes)
-        learner = self.load()
+        learner = self.load(which="best" if self.best else "newest")
         result = learner.evaluate(episodes)
         returns, lengths = result.returns.tolist(), result.lengths.tolist()
         if not self.json:
@@ -160,7 +164,7 @@ class Eval(OnRun):
 
 @dataclass(frozen=True)
 class Resume(OnRun):
-    """Go on with a run from its newest checkpoint."""
+    """Go on with a run from its newest checkpoint, or from its beginning if it was killed before the first."""
 
     steps: Steps = None
     """This many more environment steps; to the end of the run's budget if not given."""
@@ -168,14 +172,15 @@ class Resume(OnRun):
     """No progress display."""
 
     def run(self) -> int:
-        from mve.folders import seeds_of
+        from mve.folders import newest, seeds_of
         from mve.types import UserError
 
         steps = None if self.steps is None else _at_least_one("--steps", self.steps)
         if not (self.run_folder / "config.json").exists() and seeds_of(self.run_folder):
             learners = self._load_seeds()
         else:
-            learners = [self.load(quiet=self.quiet)]
+            # Killed before its first checkpoint, it begins again: config.json says all that there is.
+            learners = [self.load(quiet=self.quiet, which="newest" if newest(self.run_folder) else 0)]
         done = learners[0].num_timesteps
         if steps is None and done >= learners[0].config.train.total_steps:
             raise UserError(f"{self.run_folder} has had all of its {done} steps; --steps N trains for N more")

@@ -15,7 +15,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from mve import config, folders, lock, log, plot, room, schedule, train
+from mve import checkpoint, config, folders, lock, log, plot, room, schedule, train
+from mve.checkpoint import Which
 from mve.config import Config
 from mve.display import Display
 from mve.envs import host
@@ -25,10 +26,11 @@ from mve.interrupt import Interrupt
 from mve.loop import Loop
 from mve.policies import Policy
 from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO
-from mve.program import on_host
+from mve.program import Alone, on_host
 from mve.run import Run
+from mve.segments import Shelf
 from mve.state import Progress, Recipe, TrainState, grown, initial_state
-from mve.types import DivergedError, FaultError, RewardFn, TerminationFn, UserError
+from mve.types import DivergedError, RewardFn, TerminationFn, UserError
 
 
 class Learner:
@@ -196,7 +198,10 @@ class Learner:
         """Configuration and training state, replay included, into a folder that `load` reads."""
         with lock.held(Path(folder)):
             self.run.write_facts(Path(folder))
-            self.run.save(Path(folder), self.progress)
+            program = Alone(self.recipe)
+            rest = self.progress._replace(state=program.rest(self.state, 0))
+            frozen = self.run.freeze(rest, program.ring(self.state, 0), Shelf())
+            checkpoint.write({folders.checkpoints(Path(folder)): frozen})
         self._newest = folders.newest(self.folder)
 
     @classmethod
@@ -209,8 +214,12 @@ class Learner:
         termination_fn: TerminationFn | None = None,
         eval_env: gym.Env | None = None,
         quiet: bool = False,
+        which: Which = "newest",
     ) -> Learner:
         """The learner of a run folder, at its newest checkpoint. Nothing in the folder is executed.
+
+        `which`: "best" for the checkpoint whose evaluation was best, or the newest of at most that step; 0:
+        none, the run before its first step.
 
         An environment instance, and functions the user had given, have to be given again. The run goes on
         within its episode, or in the next one where the environment's state cannot be saved.
@@ -235,7 +244,12 @@ class Learner:
         learner.room = room.check(learner.run, folder)
         learner._fresh, learner._broken_off, learner._policy = False, False, None
         learner._newest = folders.newest(folder)
-        learner.progress, env_state, facts = folders.restore(folder, learner.recipe)
+        if which == 0:
+            learner.progress = Progress(initial_state(learner.recipe, learner.run.capacity(), built.seed))
+            return learner
+        learner.progress, env_state, facts = folders.restore(
+            folder, learner.recipe, learner.run.identity, which
+        )
         learner.run.stands_at(env_state, facts)
         return learner
 
@@ -251,20 +265,19 @@ def go_on(learners: Sequence[Learner], folder: Path) -> None:
     loop = Loop([each.run for each in learners], [each.progress for each in learners])
     for learner in learners:
         learner._broken_off = True
-    with ExitStack() as held:
-        held.enter_context(log.capture_mujoco_warnings(folder))
-        records = [held.enter_context(log.RunLog(each.folder)) for each in learners]
-        held.enter_context(display)
-        held.enter_context(interrupt.watched())
-        try:
-            loop.go_on(total, records, display, interrupt)
-        except FaultError as fault:
-            _take_stock(learners, loop)
-            _record(records, fault)
-            raise
-        except DivergedError as error:
-            _record(records, error)
-            raise
+    try:
+        with ExitStack() as held:
+            held.enter_context(log.capture_mujoco_warnings(folder))
+            records = [held.enter_context(log.RunLog(each.folder)) for each in learners]
+            held.enter_context(display)
+            held.enter_context(interrupt.watched())
+            held.enter_context(loop.writer)
+            _train(loop, total, records, display, interrupt)
+    except DivergedError:
+        raise
+    except UserError:  # the loop has ended in good order all the same
+        _take_stock(learners, loop)
+        raise
     _take_stock(learners, loop)
     for learner in learners:
         plot.curve([learner.folder], learner.folder / "curve.png")
@@ -281,9 +294,15 @@ def _take_stock(learners: Sequence[Learner], loop: Loop) -> None:
         learner._newest = folders.newest(learner.folder)
 
 
-def _record(records: Sequence[log.RunLog], error: UserError) -> None:
-    for record in records:
-        record.event(str(error))
+def _train(
+    loop: Loop, total: int, records: Sequence[log.RunLog], display: Display, interrupt: Interrupt
+) -> None:
+    try:
+        loop.go_on(total, records, display, interrupt)
+    except UserError as error:
+        for record in records:
+            record.event(str(error))
+        raise
 
 
 def _default_algo(env: gym.Env) -> str:

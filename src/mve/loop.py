@@ -23,16 +23,18 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mve import log, schedule, train
+from mve import folders, log, schedule, train
 from mve.display import Display
 from mve.envs.host import BrokenOffError
 from mve.interrupt import Interrupt
 from mve.policies import Policy
 from mve.program import Alone, Together
 from mve.run import Run
+from mve.segments import Shelf
 from mve.state import Progress
 from mve.train import Due
 from mve.types import FaultError, Metrics, Transition
+from mve.writer import Writer
 
 
 class Collected(NamedTuple):
@@ -67,6 +69,8 @@ class Loop:
         self._fault: FaultError | None = None
         self._traces: int | None = None
         self._said = False
+        self.writer = Writer()  # to be left, as a `with` block, once the loop has gone as far as it should
+        self._shelves = [Shelf() for _ in self.runs]
 
     def progress(self) -> list[Progress]:
         """Where each run stands."""
@@ -104,6 +108,7 @@ class Loop:
                 for run, record, result in zip(self.runs, records, judged, strict=True):
                     record.record(self.step, run.line(self.step) | result)
             self._tell(records, display)
+            self.writer.poll()
             stopping = interrupt.asked or self._fault is not None
             if saves or stopping:
                 self._save_what_is_sound(display)
@@ -234,13 +239,13 @@ class Loop:
         for run, policy, record in zip(self.runs, self.program.policies(self.state), records, strict=True):
             result = run.evaluate(policy, self.step)
             record.evaluation(self.step, result.returns.tolist(), result.lengths.tolist())
-            judged.append(
-                {
-                    "eval/mean_reward": float(result.returns.mean()),
-                    "eval/std_reward": float(result.returns.std()),
-                    "eval/mean_ep_length": float(np.mean(result.lengths)),
-                }
-            )
+            run.judged = {
+                "mean_reward": float(result.returns.mean()),
+                "std_reward": float(result.returns.std()),
+                "mean_ep_length": float(np.mean(result.lengths)),
+            }
+            judged.append({f"eval/{name}": value for name, value in run.judged.items()})
+            run.judged["step"] = self.step
             shown.append(result.returns)
         display.evaluation(self.step, shown[0] if len(shown) == 1 else [returns.mean() for returns in shown])
         return judged
@@ -253,6 +258,12 @@ class Loop:
             self._said = True
 
     def save(self) -> None:
-        """A checkpoint of every run."""
-        for run, progress in zip(self.runs, self.progress(), strict=True):
-            run.save(run.folder, progress)
+        """A checkpoint of every run: copied here, and written while training goes on."""
+        self.writer.wait()
+        frozen = {}
+        for i, (run, shelf) in enumerate(zip(self.runs, self._shelves, strict=True)):
+            progress = Progress(self.program.rest(self.state, i), self._explorers[i])
+            frozen[folders.checkpoints(run.folder)] = run.freeze(
+                progress, self.program.ring(self.state, i), shelf
+            )
+        self.writer.start(frozen)

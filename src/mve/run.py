@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from mve import config, divergence, folders, schedule
+from mve.checkpoint import Frozen
 from mve.config import Config
 from mve.divergence import Watch
 from mve.dynamics import DynamicsConfig
@@ -30,6 +31,7 @@ from mve.envs.stepped import Here, Restarts, Stepped
 from mve.envs.worker import Worker
 from mve.evaluate import Evaluation, evaluate
 from mve.policies import Policy
+from mve.segments import Ring, Shelf
 from mve.state import Capacity, Progress, Recipe
 from mve.types import DivergedError, Json, Known, RewardFn, StepFn, TerminationFn, Transition, UserError
 
@@ -74,6 +76,7 @@ class Run:
         self.recent: deque[Episode] = deque(maxlen=RECENT_EPISODES)
         self.metrics: dict[str, float] = {}  # what learning said last
         self.watch = Watch()
+        self.judged: Json | None = None  # by the last evaluation, and at which step
         self._eval_envs: list[Stepped] = []
 
     def _make_recipe(self) -> Recipe:
@@ -249,9 +252,17 @@ class Run:
         """What this run is, into a folder."""
         folders.describe(folder, self.config, self.spec.name, self.user_functions)
 
-    def save(self, folder: Path, progress: Progress) -> None:
-        """A checkpoint of this run, whose progress is given, into a folder."""
+    @property
+    def identity(self) -> Json:
+        """What checkpoints of this run, and of no other beside it, say of it."""
+        return {"env": self.config.env.id, "algo": self.config.algo, "seed": self.config.seed}
+
+    def freeze(self, progress: Progress, ring: Ring, shelf: Shelf) -> Frozen:
+        """A checkpoint of this run to be written, given its progress without the replay's rows, and these."""
+        step = int(progress.state.num_env_steps)
         facts = {
+            "run": self.identity,
+            "evaluation": self.judged if self.judged and self.judged["step"] == step else None,
             "next_episode": self.env.next_episode,
             "seconds": self.seconds,
             "recent": [list(episode) for episode in self.recent],
@@ -259,18 +270,25 @@ class Run:
             "restarts": self.restarts.used,
             "seen": self.watch.facts(),
         }
-        folders.save(folder, progress, self.env.snapshot(), facts)
+        return folders.freeze(progress, self.env.snapshot(), facts, ring, shelf)
 
     def stands_at(self, env: Snapshot | None, facts: Json) -> None:
         """Go on from a checkpoint: within its episode, or in the next where `env` could not be had."""
-        if env is None:
+        if env is None or not self._restored(env):
             self.env.num_steps, self.env.num_episodes = facts["num_env_steps"], facts["next_episode"]
-        else:
-            self.env.restore(env)
-        self.seconds, self.metrics = facts["seconds"], facts["metrics"]
+        self.seconds, self.metrics, self.judged = facts["seconds"], facts["metrics"], facts["evaluation"]
         self.restarts.used = facts.get("restarts", 0)
-        self.watch.restore(facts.get("seen", {}))
+        self.watch.restore(facts.get("seen") or {})
         self.recent.extend(Episode(*episode) for episode in facts["recent"])
+
+    def _restored(self, env: Snapshot) -> bool:
+        """Put the environment into the state saved, which another version of MuJoCo, say, cannot take."""
+        try:
+            self.env.restore(env)
+        except UserError as error:
+            warnings.warn(f"{error}; its episode is begun anew", stacklevel=2)
+            return False
+        return True
 
     def keep_what_can_be_kept(self) -> str | None:
         """Before a checkpoint: where the environment's state cannot be in it, give the episode up here as a

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 import gymnasium as gym
 import jax
 
-from mve import folders, lock, room
+from mve import checkpoint, folders, lock, room
 from mve.envs import host
 from mve.learner import Learner, go_on
 from mve.program import devices_for
@@ -67,10 +68,33 @@ def create(
 
 def load(run_dir: Path | str, env: gym.Env | None = None, **given: Any) -> list[Learner]:
     """The learners of a folder of seeds; `given` is what `Learner.load` takes beside the folder."""
-    learners = [Learner.load(folder, _copied(env), **given) for folder in folders.seeds_of(Path(run_dir))]
-    if not learners:
+    places = folders.seeds_of(Path(run_dir))
+    if not places:
         raise UserError(f"{run_dir} is not a folder of seeds: it has no seed-*/config.json")
-    return learners
+    if absent := [path for path in Path(run_dir).glob("seed-*") if path.is_dir() and path not in places]:
+        names = ", ".join(sorted(path.name for path in absent))
+        raise UserError(f"{run_dir} was stopped before {names} had begun; remove it and train again")
+    if any(folders.newest(folder) is None for folder in places):
+        given = {**given, "which": 0}  # killed before all had their first checkpoint
+    learners = [Learner.load(folder, _copied(env), **given) for folder in places]
+    earliest = min(learners, key=lambda learner: learner.num_timesteps)
+    return [_beside(earliest, learner, env, given) for learner in learners]
+
+
+def _beside(earliest: Learner, learner: Learner, env: gym.Env | None, given: dict[str, Any]) -> Learner:
+    """The same run at the step of the earliest, if it has a checkpoint there and was not trained on alone.
+
+    A kill in the middle of a save leaves some seeds one checkpoint ahead.
+    """
+    folder, step = learner.folder, earliest.num_timesteps
+    alike = replace(learner.config, seed=0) == replace(earliest.config, seed=0)
+    kept = checkpoint.steps(folders.checkpoints(folder))
+    if learner.num_timesteps == step or not alike or step not in kept:
+        return learner
+    warnings.warn(
+        f"{folder} goes back from step {learner.num_timesteps} to {step}, as others do", stacklevel=3
+    )
+    return Learner.load(folder, _copied(env), which=step, **given)
 
 
 def learn_together(learners: list[Learner], total_timesteps: int | None = None) -> list[Learner]:
