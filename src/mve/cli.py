@@ -164,7 +164,7 @@ class Eval(OnRun):
 
 @dataclass(frozen=True)
 class Resume(OnRun):
-    """Go on with a run from its newest checkpoint, or from its beginning if it was killed before the first."""
+    """Go on with a run from its newest checkpoint; from its beginning, if it was killed before the first."""
 
     steps: Steps = None
     """This many more environment steps; to the end of the run's budget if not given."""
