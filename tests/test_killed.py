@@ -91,8 +91,12 @@ def killed_and_resumed(
             return moments
         assert process.returncode == -9
         moments["before the first checkpoint" if newest(folder) == [None] else moment] += 1
-        moments_left = [path for path in folder.rglob(".writing_*")]
-        print(moment, [path and path.name for path in newest(folder)], len(moments_left), flush=True)
+        print(
+            moment,
+            [path and path.name for path in newest(folder)],
+            "cut short" * is_saving(folder),
+            flush=True,
+        )
     commands.done("resume", str(folder))
     return moments
 
