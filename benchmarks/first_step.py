@@ -26,15 +26,16 @@ def watch() -> None:
     collect, learn = HostEnv.collect, train.learn
 
     def first_collect(self: Any, policy: Any, num_steps: int) -> Any:
-        step = self._env.step
+        env = self._stepped.env
+        step = env.step
 
         def first(action: Any) -> Any:
             result = step(action)
-            self._env.step = step
+            env.step = step
             say("first_step")
             return result
 
-        self._env.step, HostEnv.collect = first, collect
+        env.step, HostEnv.collect = first, collect
         return collect(self, policy, num_steps)
 
     def first_learn(*arguments: Any) -> Any:

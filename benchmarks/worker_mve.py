@@ -16,8 +16,9 @@ import arithmetic
 import worker
 from mve import agents, log, train
 from mve.display import Display
+from mve.interrupt import Interrupt
 from mve.learner import Learner
-from mve.loop import Interrupt, Loop
+from mve.loop import Loop
 from mve.program import on_host
 from mve.types import Transition
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mve import checkpoint
+from mve import checkpoint, files, manifest
 from mve.types import UserError
 
 
@@ -58,6 +59,13 @@ def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
+
+
+def sign(path: Path, **said: Any) -> None:
+    """Change what state.json says, with the checksum that goes with it."""
+    told = json.loads((path / "state.json").read_text()) | said
+    del told["sha256"]
+    (path / "state.json").write_text(json.dumps(told | {"sha256": manifest._digest(told)}))
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -134,8 +142,9 @@ def test_a_failed_write_leaves_the_previous_checkpoint(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match=f"cannot write a checkpoint to {tmp_path}: No space left on device"):
+    monkeypatch.setattr(files, "write", full)
+    says = f"cannot write a checkpoint to {tmp_path}: No space left on device; it takes 0.0 MB, and .* free"
+    with pytest.raises(UserError, match=says):
         save(tmp_path, 20)
     assert [p.name for p in tmp_path.iterdir()] == ["step_000000000010"]
 
@@ -190,10 +199,104 @@ def test_a_state_of_another_configuration_is_refused_by_name(
 
 
 def test_a_newer_format_is_not_taken_for_damage(tmp_path: Path) -> None:
-    file = save(tmp_path, 10) / "state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 2}))
-    with pytest.raises(UserError, match="has checkpoint format 2, this mve reads 1"):
+    sign(save(tmp_path, 10), format=3)
+    with pytest.raises(UserError, match="has checkpoint format 3, this mve reads 2"):
         checkpoint.restore(tmp_path, lambda facts: make_state())
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 10)
+    said = json.loads((path / "state.json").read_text())
+    first = {
+        "format": 1,
+        "facts": said["facts"],
+        "tensors": said["tensors"],
+        "sha256": said["file"]["sha256"],
+    }
+    for tensor in first["tensors"].values():
+        if tensor["key_impl"] is None:
+            del tensor["key_impl"]
+    (path / "state.json").write_text(json.dumps(first))
+    state, facts = checkpoint.restore(tmp_path, lambda facts: make_state())
+    assert_same(state, make_state(0))
+    assert facts == {"num_env_steps": 10, "note": "é"}
+    damage(path / "state.safetensors")
+    with pytest.warns(UserWarning, match="checksum"), pytest.raises(UserError, match="no usable checkpoint"):
+        checkpoint.restore(tmp_path, lambda facts: make_state())
+
+
+def test_the_best_is_kept_beside_the_newest_two(tmp_path: Path) -> None:
+    def evaluated(step: int, mean: float | None) -> None:
+        evaluation = None if mean is None else {"mean_reward": mean}
+        facts = {"num_env_steps": step, "evaluation": evaluation}
+        checkpoint.save(tmp_path, make_state(step), facts)
+
+    def which(best: Any) -> int:
+        return checkpoint.restore(tmp_path, lambda facts: make_state(), best)[1]["num_env_steps"]
+
+    evaluated(10, None)
+    with pytest.raises(UserError, match=r"no usable checkpoint in .* has an evaluation"):
+        which("best")
+    for step, mean in ((20, 5.0), (30, -1.0), (40, None), (50, 3.0)):
+        evaluated(step, mean)
+    assert checkpoint.steps(tmp_path) == [20, 40, 50]
+    assert which("best") == 20
+    assert which("newest") == 50
+    assert which(49) == 40
+    evaluated(60, 5.0)  # equal: the newest
+    assert checkpoint.steps(tmp_path) == [50, 60]
+    evaluated(55, None)  # gone back to, and on from there: what was later is no more
+    assert checkpoint.steps(tmp_path) == [50, 55]
+
+
+def test_several_are_written_all_or_none(tmp_path: Path) -> None:
+    frozen = {tmp_path / name: checkpoint.freeze(make_state(), {"num_env_steps": 10}) for name in "ab"}
+    checkpoint.write(frozen)
+    again = {folder: replace(each, facts={"num_env_steps": 20}) for folder, each in frozen.items()}
+    again[tmp_path / "b"] = replace(again[tmp_path / "b"], tensors={"x": np.array(["text"])})
+    with pytest.raises(TypeError, match="x has dtype <U4, which a file of tensors cannot hold"):
+        checkpoint.write(again)
+    for folder in frozen:
+        assert [p.name for p in folder.iterdir()] == ["step_000000000010"]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path: Path) -> None:
+    save(tmp_path, 10).rename(tmp_path / "step_000000000020")
+    with pytest.warns(UserWarning, match="of step 10"), pytest.raises(UserError, match="no usable"):
+        checkpoint.restore(tmp_path, lambda facts: make_state())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"tensors": {"count": {"shape": [-1], "dtype": "int32"}}},
+        {"tensors": {"count": {"shape": [], "dtype": 3}}},
+        {"tensors": []},
+        {"facts": [1]},
+        {"facts": {"num_env_steps": True}},
+        {"file": {"sha256": "../../etc/passwd", "bytes": 1}},
+        {"file": {"sha256": "0" * 64, "bytes": -1}},
+        {"rows": {"prefix": "count", "segments": [{"sha256": "../x", "bytes": 1, "rows": 1}]}},
+        {"rows": {"prefix": "host", "segments": [{"sha256": "0" * 64, "bytes": 1, "rows": 10**30}]}},
+        {"rows": {"prefix": "no", "segments": []}},
+        {"format": "2"},
+    ],
+)
+def test_what_has_the_right_checksum_and_the_wrong_types_is_damaged(tmp_path: Path, said: Any) -> None:
+    sign(save(tmp_path, 10), **said)
+    with pytest.warns(UserWarning, match="is damaged") as warned, pytest.raises(UserError, match="no usable"):
+        checkpoint.restore(tmp_path, lambda facts: make_state())
+    assert "\n" not in str(warned[0].message)
+
+
+def test_a_shape_larger_than_the_memory_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    shape = (2**40, 2**10)
+    huge = {"shape": list(shape), "dtype": "int32"}
+    path = save(tmp_path, 10)
+    sign(path, tensors={**json.loads((path / "state.json").read_text())["tensors"], "count": huge})
+    template = make_state()._replace(count=jax.ShapeDtypeStruct(shape, jnp.int32))
+    with pytest.raises(UserError, match=r"takes 4503599.6 GB of memory, and this machine has"):
+        checkpoint.restore(tmp_path, lambda facts: template)
 
 
 def test_only_arrays_can_be_saved(tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mve import config
 from mve.agents import AGENTS
-from mve.config import build, from_json, to_json
+from mve.config import Config, build, from_json, to_json
 from mve.presets import PRESETS
 from mve.types import UserError
 
@@ -117,3 +121,100 @@ def test_a_mistake_is_named_in_one_line(algo: str | None, assignment: str, messa
 def test_a_seed_out_of_range_is_refused() -> None:
     with pytest.raises(UserError, match="seed -1"):
         build("Pendulum-v1", seed=-1)
+
+
+# What comes from a file, or from whoever wrote it.
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+SECTIONS = to_json(build("Pendulum-v1"))
+names = st.sampled_from([f"{s}.{n}" for s, part in SECTIONS.items() if isinstance(part, dict) for n in part])
+
+
+def assert_refused_or_valid(make: Callable[[], Config]) -> None:
+    try:
+        built = make()
+    except UserError as refused:
+        message = str(refused)
+    else:
+        text = json.dumps(to_json(built), allow_nan=False)
+        assert from_json(json.loads(text)) == built
+        return
+    assert "\n" not in message
+    assert len(message) < 1000
+
+
+def fuzzed(examples: int) -> Any:
+    return settings(max_examples=examples, deadline=None, database=None, derandomize=True)
+
+
+many = pytest.mark.parametrize("examples", [30, pytest.param(1000, marks=pytest.mark.slow)])
+
+
+@many
+def test_any_json_is_refused_in_one_line_or_is_a_configuration(examples: int) -> None:
+    learners = st.fixed_dictionaries({"learner": st.sampled_from(list(AGENTS)), "algo": json_values})
+
+    @fuzzed(examples)
+    @given(json_values | learners)
+    def check(data: Any) -> None:
+        assert_refused_or_valid(lambda: from_json(data))
+
+    check()
+
+
+@many
+def test_any_value_of_any_setting_is_refused_in_one_line_or_taken(examples: int) -> None:
+    @fuzzed(examples)
+    @given(names, json_values, st.sampled_from([1, 2]))
+    def check(name: str, value: Any, version: int) -> None:
+        section, _, setting = name.partition(".")
+        data = {**SECTIONS, "format": version, section: {**SECTIONS[section], setting: value}}
+        assert_refused_or_valid(lambda: from_json(data))
+        assert_refused_or_valid(lambda: from_json({**SECTIONS, section: value}))
+
+    check()
+
+
+@many
+def test_any_assignment_is_refused_in_one_line_or_taken(examples: int) -> None:
+    @fuzzed(examples)
+    @given(names | st.text(max_size=12), json_values.map(json.dumps) | st.text(max_size=12), st.integers())
+    def check(name: str, text: str, seed: int) -> None:
+        assert_refused_or_valid(lambda: build("Pendulum-v1", None, [f"{name}={text}"]))
+        assert_refused_or_valid(lambda: build(text, name, [text], seed))
+
+    check()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1e999", "9" * 5000, '{"a": NaN}', "-Infinity", "\ud800"])
+def test_a_bomb_of_a_value_is_refused_in_one_line_or_text(text: str) -> None:
+    for name in ("env.kwargs", "env.id", "agent.hidden", "train.total_steps", "targets.discount"):
+        assert_refused_or_valid(lambda name=name: build("Pendulum-v1", None, [f"{name}={text}"]))
+
+
+def test_a_newer_config_is_refused_and_an_older_one_migrates() -> None:
+    data = to_json(build("Pendulum-v1"))
+    assert data["format"] == config.FORMAT == max(config.MIGRATIONS) + 1
+    with pytest.raises(UserError, match=r"config: format 3, this mve reads 2; use the mve that wrote it"):
+        from_json({**data, "format": 3})
+    for version in (0, True, "2", None, 1.0):
+        with pytest.raises(UserError, match="is not a version"):
+            from_json({**data, "format": version})
+    first = {**data, "train": {k: v for k, v in data["train"].items() if k != "overlap"}}
+    del first["format"]
+    assert not from_json(first).train.overlap  # what the first runs did
+    assert from_json({**first, "format": 2}).train.overlap  # what a new setting's default does
+    assert from_json({**first, "train": data["train"]}) == from_json(data)
+
+
+def test_migrations_are_applied_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "FORMAT", 3)
+    rename = lambda data: {**data, "seed": data["seed"] + 1}  # noqa: E731
+    monkeypatch.setitem(config.MIGRATIONS, 2, rename)
+    data = to_json(build("Pendulum-v1"))
+    assert from_json({**data, "format": 3}).seed == 0
+    assert from_json({**data, "format": 2}).seed == from_json({**data, "format": 1}).seed == 1

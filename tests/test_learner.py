@@ -76,7 +76,7 @@ def test_predict_answers_in_the_environments_own_units(learner: Learner) -> None
     action, state = learner.predict(np.zeros(2), deterministic=True)
     assert state is None
     assert action.shape == (1,)
-    assert learner.run.env._env.action_space.contains(action)
+    assert learner.run.action_space.contains(action)
     batch, _ = learner.predict(np.zeros((5, 2)))
     np.testing.assert_allclose(batch, np.repeat(action[None], 5, 0), atol=1e-6)
 

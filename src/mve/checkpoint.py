@@ -1,104 +1,240 @@
 """Save and restore one pytree and a few JSON facts: safetensors + JSON, nothing that can run code on load.
 
     folder/step_000000010000/state.safetensors    one tensor per leaf, named by its path: agent.critic.bias
-    folder/step_000000010000/state.json           facts, shape and dtype of every tensor, sha256 of the above
+    folder/step_000000010000/state.json           facts, shape and dtype of every tensor, a sha256 of every
+                                                  file, and one of all that it says itself
+    folder/replay/SHA256.safetensors              rows that the checkpoints share (`segments`)
 
-A checkpoint is there whole or not at all, and the one before it is kept: a damaged newest is not a lost run.
+A checkpoint is there whole or not at all. The newest two are kept, so that a damaged newest is not a lost
+run, and the one whose evaluation was best.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
+import math
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from mve import files, manifest, segments
+from mve.files import DamagedError
+from mve.manifest import FACTS, FORMAT, REPLACED, TENSORS, Manifest, Rows, Tensor
+from mve.segments import Changed, Ring, Segment, Shelf
 from mve.types import Json, UserError
 
-FORMAT = 1
 KEPT = 2
-TENSORS, FACTS = "state.safetensors", "state.json"
-WRITING, REPLACED = ".writing_", ".replaced_"
-NAME = re.compile(rf"({re.escape(REPLACED)})?step_(\d+)")
+WRITING = ".writing_"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Which: TypeAlias = Literal["newest", "best"] | int  # an integer: the newest of at most that step
 
 
-class DamagedError(Exception):
-    """This checkpoint cannot be trusted; an older one may."""
+class Ringed(NamedTuple):
+    """A ring to be saved by segments, and where earlier checkpoints have put it."""
+
+    prefix: str
+    ring: Ring
+    shelf: Shelf
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A state on the host as it was at some step, whatever becomes of it on the device."""
+
+    facts: Json
+    tensors: dict[str, np.ndarray]
+    described: dict[str, Tensor]
+    ringed: Ringed | None = None
+    changed: Changed = field(default_factory=lambda: Changed({}, {}))
+
+    @property
+    def step(self) -> int:
+        return int(self.facts["num_env_steps"])
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that has to be written."""
+        arrays = [*self.tensors.values(), *(a for rows in self.changed.rows.values() for a in rows.values())]
+        return sum(array.nbytes for array in arrays)
+
+
+def freeze(state: PyTree, facts: Json, ringed: Ringed | None = None) -> Frozen:
+    """Copy a state to the host, and of a ring, whose rows are then not in `state`, what has changed.
+
+    Facts have to be finite numbers, text, lists and mappings.
+    """
+    tensors, described = {}, {}
+    for name, leaf in _named_leaves(state).items():
+        if not isinstance(leaf, (jax.Array, np.ndarray)):
+            raise TypeError(f"{name} is a {type(leaf).__name__}; only arrays can be saved")
+        impl = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
+        described[name] = Tensor(leaf.shape, str(leaf.dtype), impl)
+        tensors[name] = np.array(leaf if impl is None else jax.random.key_data(leaf), order="C")
+    if ringed is None:
+        return Frozen(facts, tensors, described)
+    for name, kind in ringed.ring.kinds.items():
+        described[f"{ringed.prefix}.{name}"] = Tensor(kind.shape, str(kind.dtype))
+    changed = ringed.shelf.changed(ringed.ring, int(facts["num_env_steps"]))
+    return Frozen(facts, tensors, described, ringed, changed)
 
 
 def save(folder: Path, state: PyTree, facts: Json) -> Path:
-    """Write `folder/step_N` with N = facts["num_env_steps"], then drop all but the newest two.
+    """Write `folder/step_N` with N = facts["num_env_steps"], as `write` does."""
+    [path] = write({folder: freeze(state, facts)})
+    return path
+
+
+def write(frozen: Mapping[Path, Frozen]) -> list[Path]:
+    """A checkpoint in each of these folders, or in none; then all but the newest two and the best go.
 
     Files and directories reach the disk before the rename that makes them visible: whenever the power
-    fails, what is named `step_*` is whole. Facts have to be finite numbers, text, lists and mappings.
+    fails, what is named `step_*` is whole. Raises UserError where the disk is full or cannot be written;
+    what was there before is then as it was.
     """
-    final = folder / f"step_{int(facts['num_env_steps']):012d}"
-    writing, replaced = folder / f"{WRITING}{final.name}", folder / f"{REPLACED}{final.name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _discard(writing)
-        writing.mkdir()
-        _write(writing, state, facts)
-        if final.exists():  # saved twice at the same step; a directory cannot be renamed over another
-            _discard(replaced)
-            final.rename(replaced)
-        writing.rename(final)
-        _sync(folder)
-    except OSError as error:
-        _discard(writing)
-        raise UserError(f"cannot write a checkpoint to {folder}: {error.strerror or error}") from error
-    _prune(folder)
+    ready: dict[Path, list[Segment]] = {}
+    new: list[Path] = []
+    final: list[Path] = []
+    for folder, each in frozen.items():
+        try:
+            ready[folder], written = _prepare(folder, each)
+            new += written
+        except BaseException as error:
+            segments.discard(new)
+            for begun in [*ready, folder]:
+                _discard(_writing(begun, frozen[begun]))
+            if isinstance(error, OSError):
+                raise _refused(folder, each, error) from error
+            raise
+    for folder, each in frozen.items():
+        try:
+            final.append(_publish(folder, each, ready[folder]))
+        except OSError as error:
+            raise _refused(folder, each, error) from error
+    for path in final:
+        _prune(path)
     return final
 
 
-def restore(folder: Path, template_of: Callable[[Json], PyTree]) -> tuple[PyTree, Json]:
-    """State and facts of the newest sound checkpoint in `folder`.
+def _prepare(folder: Path, frozen: Frozen) -> tuple[list[Segment], list[Path]]:
+    """Everything on the disk, under a name that nobody reads; all segments, and the files that are new."""
+    put: list[Segment] = []
+    new: list[Path] = []
+    writing, rows = _writing(folder, frozen), None
+    _discard(writing)
+    writing.mkdir(parents=True)
+    if frozen.ringed is not None:
+        (shelved := folder / segments.FOLDER).mkdir(exist_ok=True)
+        if shelved.is_symlink():
+            raise OSError(errno.ELOOP, f"{shelved} is a link")
+        put, new = frozen.ringed.shelf.put(shelved, frozen.changed)
+        rows = Rows(frozen.ringed.prefix, put)
+    try:
+        file = files.write(writing / TENSORS, files.packed(frozen.tensors))
+        said = manifest.text(Manifest(FORMAT, frozen.facts, frozen.described, file, rows))
+        files.write(writing / FACTS, [said.encode()])
+        files.sync(writing)
+    except BaseException:
+        segments.discard(new)
+        raise
+    return put, new
+
+
+def _publish(folder: Path, frozen: Frozen, put: list[Segment]) -> Path:
+    """Give what was prepared its name."""
+    final = folder / f"step_{frozen.step:012d}"
+    if final.exists():  # saved twice at the same step; a directory cannot be renamed over another
+        _discard(replaced := folder / f"{REPLACED}{final.name}")
+        final.rename(replaced)
+    _writing(folder, frozen).rename(final)
+    files.sync(folder)
+    if frozen.ringed is not None:
+        frozen.ringed.shelf.wrote(frozen.ringed.ring.capacity, frozen.step, put)
+    return final
+
+
+def _writing(folder: Path, frozen: Frozen) -> Path:
+    return folder / f"{WRITING}step_{frozen.step:012d}"
+
+
+def _refused(folder: Path, frozen: Frozen, error: OSError) -> UserError:
+    """One line: where, why, and how much room it takes."""
+    why = error.strerror or str(error)
+    if error.errno in FULL:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        why += f"; it takes {frozen.nbytes / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free there"
+    return UserError(f"cannot write a checkpoint to {folder}: {why}")
+
+
+def restore(
+    folder: Path, template_of: Callable[[Json], PyTree], which: Which = "newest"
+) -> tuple[PyTree, Json]:
+    """State and facts of the newest sound checkpoint in `folder`, or of `which` it is to be.
 
     `template_of` its facts gives structure, shapes and dtypes; leaves are `jax.ShapeDtypeStruct`, or NumPy
-    arrays for what is to come back as such. A damaged checkpoint is passed over with a warning. Raises
-    UserError if none is left, or if the state saved is not the state asked for.
+    arrays for what is to come back as such. It raises ValueError, TypeError or KeyError where the facts
+    cannot be right. A damaged checkpoint is passed over with a warning. Raises UserError if none is left, or
+    if the state saved is not the state asked for.
     """
-    for path in reversed(_checkpoints(folder)):
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder} is a link, and nothing outside the run folder is read; move what it leads to"
+        )
+    candidates = _candidates(folder, which)
+    for path in candidates:
         try:
-            described = _described(path)
-            with _sound_tensors(path, described) as tensors:
-                template = _template(template_of, described["facts"])
-                return _fill(template, described, tensors, path), described["facts"]
+            said = manifest.read(path)
+            template = _template(template_of, said.facts)
+            return _fill(template, said, path), said.facts
         except DamagedError as error:
-            warnings.warn(f"{path} is damaged ({error}); trying the one before it", stacklevel=2)
+            hint = "" if path == candidates[-1] else "; trying the one before it"
+            warnings.warn(f"{path} is damaged ({error}){hint}", stacklevel=2)
+    if which == "best":
+        raise UserError(f"no usable checkpoint in {folder} has an evaluation; use the newest")
     raise UserError(f"no usable checkpoint in {folder}; train first, or give the folder of a finished run")
+
+
+def _candidates(folder: Path, which: Which) -> list[Path]:
+    """Best first."""
+    found = manifest.checkpoints(folder)
+    if which == "best":
+        best = manifest.best(found)
+        return [best] if best else []
+    return [path for path in reversed(found) if which == "newest" or manifest.step_of(path) <= which]
 
 
 def _template(template_of: Callable[[Json], PyTree], facts: Json) -> PyTree:
     try:
         return template_of(facts)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DamagedError(f"{FACTS}: {type(error).__name__}: {error}") from error
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint, sound or not; None if there is none."""
-    found = _checkpoints(folder)
+    found = manifest.checkpoints(folder)
     return found[-1] if found else None
+
+
+def steps(folder: Path) -> list[int]:
+    """Of which there are checkpoints, sound or not, in order."""
+    return [manifest.step_of(path) for path in manifest.checkpoints(folder)]
 
 
 def read_facts(path: Path) -> Json:
     """The facts of one checkpoint, without its tensors."""
     try:
-        return _described(path)["facts"]
+        return manifest.read(path).facts
     except DamagedError as error:
         raise UserError(f"{path} is damaged ({error}); use another checkpoint") from error
 
@@ -106,8 +242,8 @@ def read_facts(path: Path) -> Json:
 def load_tensors(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of one checkpoint by name, keys as their key data: for reading a part of the state."""
     try:
-        with _sound_tensors(path, _described(path)) as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        said = manifest.read(path)
+        return _tensors(said, path)
     except DamagedError as error:
         raise UserError(f"{path} is damaged ({error}); use another checkpoint") from error
 
@@ -125,90 +261,98 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _write(folder: Path, state: PyTree, facts: Json) -> None:
-    tensors, described = {}, {}
-    for name, leaf in _named_leaves(state).items():
-        if not isinstance(leaf, (jax.Array, np.ndarray)):
-            raise TypeError(f"{name} is a {type(leaf).__name__}; only arrays can be saved")
-        described[name] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-        if _is_key(leaf):
-            described[name]["key_impl"] = str(jax.random.key_impl(leaf))
-            leaf = jax.random.key_data(leaf)
-        tensors[name] = np.asarray(leaf, order="C")
-    save_file(tensors, folder / TENSORS)
-    record = {"format": FORMAT, "facts": facts, "sha256": _sha256(folder / TENSORS), "tensors": described}
-    (folder / FACTS).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    for path in (folder / TENSORS, folder / FACTS, folder):
-        _sync(path)
+def _tensors(said: Manifest, path: Path) -> dict[str, np.ndarray]:
+    """All of them, checked against their description before any is used."""
+    tensors = files.read_tensors(path / TENSORS, said.file)
+    if (rows := said.rows) is not None:
+        prefix = f"{rows.prefix}."
+        ring = {name.removeprefix(prefix): t for name, t in said.tensors.items() if name.startswith(prefix)}
+        filled = sum(segment.rows for segment in rows.segments)
+        if not ring or any(not t.shape or t.shape[0] < filled for t in ring.values()):
+            raise DamagedError(f"{FACTS}: {filled} rows in tensors that have fewer")
+        # Slots that were never filled are zeros, which are not in any file.
+        arrays = {name: _zeros(tensor) for name, tensor in ring.items()}
+        segments.get(path.parent / segments.FOLDER, rows.segments, arrays)
+        tensors |= {prefix + name: array for name, array in arrays.items()}
+    for name in said.tensors.keys() | tensors.keys():
+        if name not in said.tensors or name not in tensors:
+            raise DamagedError(f"{name} is described and not there, or there and not described")
+        array, described = tensors[name], said.tensors[name]
+        if described.key_impl is None and (array.shape, str(array.dtype)) != (
+            described.shape,
+            described.dtype,
+        ):
+            raise DamagedError(f"{name} is {array.dtype} {list(array.shape)}, described otherwise")
+    return tensors
 
 
-def _described(path: Path) -> Json:
-    """state.json, checked for what every reader relies on."""
+def _zeros(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype not in files.DTYPES:
+        raise DamagedError(f"{FACTS}: {tensor.dtype} is not the dtype of any tensor")
     try:
-        _refuse_link(path / FACTS)
-        record = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        version, _, _, _ = (record[key] for key in ("format", "facts", "sha256", "tensors"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{FACTS}: {type(error).__name__}: {error}") from error
-    if version != FORMAT:
-        raise UserError(
-            f"{path} has checkpoint format {version}, this mve reads {FORMAT}; use the mve that wrote it"
-        )
-    return record
+        return np.zeros(tensor.shape, tensor.dtype)
+    except (ValueError, MemoryError) as error:
+        raise DamagedError(f"{FACTS}: {error}") from error
 
 
-@contextmanager
-def _sound_tensors(path: Path, described: Json) -> Iterator[Any]:
-    """The open tensor file, its checksum verified; read leaf by leaf, so that memory holds one copy."""
-    try:
-        _refuse_link(path / TENSORS)
-        if _sha256(path / TENSORS) != described["sha256"]:
-            raise DamagedError(f"{TENSORS} does not match its checksum")
-        with safe_open(path / TENSORS, framework="numpy") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise DamagedError(f"{TENSORS}: {error}") from error
-
-
-def _fill(template: PyTree, described: Json, tensors: Any, path: Path) -> PyTree:
+def _fill(template: PyTree, said: Manifest, path: Path) -> PyTree:
     """The template's tree with the saved leaves; names, shapes and dtypes are compared before any is read."""
-    wanted, saved = _named_leaves(template), described["tensors"]
+    wanted, saved = _named_leaves(template), said.tensors
     for name in [*wanted, *(name for name in saved if name not in wanted)]:
         asked = f"{wanted[name].dtype} {list(wanted[name].shape)}" if name in wanted else "nothing"
-        found = f"{saved[name]['dtype']} {saved[name]['shape']}" if name in saved else "nothing"
+        found = f"{saved[name].dtype} {list(saved[name].shape)}" if name in saved else "nothing"
         if asked != found:
             raise UserError(
                 f"{path} is of another configuration: {name} is {found} there, but {asked} was asked for"
             )
-    leaves = []
+    _check_memory(wanted.values(), path)
+    tensors, leaves = _tensors(said, path), []
     for name, leaf in wanted.items():
-        array = tensors.get_tensor(name)
-        if _is_key(leaf):
-            restored = jax.random.wrap_key_data(jnp.array(array), impl=saved[name]["key_impl"])
-        else:
-            # A copy: JAX on the CPU may otherwise share, and with donation overwrite, NumPy's memory.
-            restored = array if isinstance(leaf, np.ndarray) else jnp.array(array)
+        array = tensors.pop(name)
+        try:
+            if _is_key(leaf):
+                restored = jax.random.wrap_key_data(jnp.array(array), impl=saved[name].key_impl)
+            else:
+                # A copy: JAX on the CPU may otherwise share, and with donation overwrite, NumPy's memory.
+                restored = array if isinstance(leaf, np.ndarray) else jnp.array(array)
+        except (ValueError, TypeError) as error:
+            raise DamagedError(f"{name}: {error}") from error
         if restored.shape != leaf.shape or restored.dtype != leaf.dtype:
             raise DamagedError(f"{name} is {restored.dtype} {list(restored.shape)}, described otherwise")
         leaves.append(restored)
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first. Replaced ones count, before their successors: a crash between renames loses nothing."""
-    if not folder.is_dir():
-        return []
-    found = [(match, path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
-    found = [(match, path) for match, path in found if path.is_dir() and not path.is_symlink()]
-    return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][2]), pair[0][1] is None))]
+def _check_memory(leaves: Iterable[Any], path: Path) -> None:
+    """A ring may be described as larger than its files: refused before anything is allocated."""
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
+    if "SC_PHYS_PAGES" not in names:
+        return
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(
+            f"{path} takes {needed / 1e9:.1f} GB of memory, and this machine has {there / 1e9:.1f} GB"
+        )
 
 
-def _prune(folder: Path) -> None:
-    found = _checkpoints(folder)
-    whole = [path for path in found if not path.name.startswith(REPLACED)]
-    spare = [path for path in found if path not in whole[-KEPT:]]
-    for path in [*spare, *folder.glob(f"{WRITING}*")]:
+def _prune(newest: Path) -> None:
+    """Keep the newest two and the best. What is later is of a future that the run has gone back on."""
+    folder, found = newest.parent, manifest.checkpoints(newest.parent)
+    whole = [
+        p
+        for p in found
+        if not p.name.startswith(REPLACED) and manifest.step_of(p) <= manifest.step_of(newest)
+    ]
+    kept = {*whole[-KEPT:], manifest.best(whole)}
+    for path in [*(path for path in found if path not in kept), *folder.glob(f"{WRITING}*")]:
         _discard(path)
+    try:
+        records = [manifest.read(path) for path in manifest.checkpoints(folder)]
+    except (DamagedError, UserError):
+        return  # what it shares is not known: nothing is dropped before it is
+    named = [segment for record in records if record.rows for segment in record.rows.segments]
+    segments.sweep(folder / segments.FOLDER, named)
 
 
 def _discard(path: Path) -> None:
@@ -216,21 +360,3 @@ def _discard(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _refuse_link(path: Path) -> None:
-    if path.is_symlink() or path.parent.is_symlink():
-        raise DamagedError(f"{path.name} is a link out of the folder")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,14 +24,30 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, UseAppendAction, arg
 
+from mve.interrupt import leave_at_second_ctrl_c
 from mve.usage import UsageError, one_line, parse
 
 if TYPE_CHECKING:
+    from mve.checkpoint import Which
     from mve.learner import Learner
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+EXIT_CODES = {
+    0: "done",
+    FAILED: "a check failed, or a defect of mve",
+    BAD_INPUT: "bad input: the command line, a setting, a file, no room",
+    3: "training diverged; the last checkpoint is from before",
+    4: "the environment failed; everything before it is saved",
+    129: "SIGHUP: stopped and saved",
+    INTERRUPTED: "Ctrl-C: stopped and saved; at the second one, left at once",
+    143: "SIGTERM: stopped and saved",
+}
 MOST_SEEDS = 1000  # in one program
-DESCRIPTION = "Sample-efficient reinforcement learning by model-based value expansion."
+DESCRIPTION = (
+    "Sample-efficient reinforcement learning by model-based value expansion. Exit codes: "
+    + ", ".join(f"{code} {what.partition(':')[0].partition(';')[0]}" for code, what in EXIT_CODES.items())
+    + "."
+)
 
 Folder = Annotated[Positional[Path], arg(metavar="RUN")]
 Steps = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
@@ -99,8 +115,8 @@ class OnRun:
     termination: FunctionPath = None
     """As it was given to train."""
 
-    def load(self, *, quiet: bool = False) -> Learner:
-        """The run at its newest checkpoint."""
+    def load(self, *, quiet: bool = False, which: Which = "newest") -> Learner:
+        """The run at its newest checkpoint, or at another."""
         from mve.learner import Learner
 
         return Learner.load(
@@ -108,6 +124,7 @@ class OnRun:
             reward_fn=_function("reward", self.reward),
             termination_fn=_function("termination", self.termination),
             quiet=quiet,
+            which=which,
         )
 
 
@@ -117,13 +134,15 @@ class Eval(OnRun):
 
     episodes: Annotated[int, arg(metavar="N")] = 10
     """How many to play."""
+    best: bool = False
+    """The policy whose evaluation was best, of those that were saved when evaluated; else the newest."""
     json: bool = False
     """Print the numbers as JSON."""
 
     def run(self) -> int:
 
         episodes = _at_least_one("--episodes", self.episodes)
-        learner = self.load()
+        learner = self.load(which="best" if self.best else "newest")
         result = learner.evaluate(episodes)
         returns, lengths = result.returns.tolist(), result.lengths.tolist()
         if not self.json:
@@ -145,7 +164,7 @@ class Eval(OnRun):
 
 @dataclass(frozen=True)
 class Resume(OnRun):
-    """Go on with a run from its newest checkpoint."""
+    """Go on with a run from its newest checkpoint; from its beginning, if it was killed before the first."""
 
     steps: Steps = None
     """This many more environment steps; to the end of the run's budget if not given."""
@@ -153,13 +172,15 @@ class Resume(OnRun):
     """No progress display."""
 
     def run(self) -> int:
+        from mve.folders import newest, seeds_of
         from mve.types import UserError
 
         steps = None if self.steps is None else _at_least_one("--steps", self.steps)
-        if not (self.run_folder / "config.json").exists() and any(self.run_folder.glob("seed-*/config.json")):
+        if not (self.run_folder / "config.json").exists() and seeds_of(self.run_folder):
             learners = self._load_seeds()
         else:
-            learners = [self.load(quiet=self.quiet)]
+            # Killed before its first checkpoint, it begins again: config.json says all that there is.
+            learners = [self.load(quiet=self.quiet, which="newest" if newest(self.run_folder) else 0)]
         done = learners[0].num_timesteps
         if steps is None and done >= learners[0].config.train.total_steps:
             raise UserError(f"{self.run_folder} has had all of its {done} steps; --steps N trains for N more")
@@ -348,7 +369,9 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
+    """Run one command; the exit code is one of EXIT_CODES."""
+    if argv is None:
+        leave_at_second_ctrl_c()
     try:
         command = parse(COMMANDS, DESCRIPTION, list(sys.argv[1:] if argv is None else argv))
     except UsageError as error:
@@ -357,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         return 0
     _keep_compiled_code()
-    from mve.types import UserError
+    from mve.types import DivergedError, UserError
 
     try:
         with warnings.catch_warnings():
@@ -366,8 +389,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"mve: {one_line(str(error))}", file=sys.stderr)
-        return BAD_INPUT
+        first, *diagnosis = str(error).splitlines() if isinstance(error, DivergedError) else [str(error)]
+        print(f"mve: {one_line(first)}", *(f"     {line}" for line in diagnosis), sep="\n", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -423,11 +447,15 @@ def _learn_together(learners: list[Learner], steps: int | None) -> int:
 
 @contextlib.contextmanager
 def _saying_how_to_go_on(folder: Path, saved_last: Path) -> Iterator[None]:
+    from mve.types import DivergedError, FaultError
+
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit, FaultError, DivergedError):
         if (saved_last / "checkpoints").is_dir():
-            print(f"mve: stopped and saved; go on with: mve resume {folder}", file=sys.stderr)
+            print(
+                f"mve: stopped; go on from the newest checkpoint with: mve resume {folder}", file=sys.stderr
+            )
         raise
 
 

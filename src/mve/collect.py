@@ -9,7 +9,7 @@ for what comes next before the device is done, and waits only for numbers that i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias, final, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, final, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,30 +18,38 @@ from mve.config import Config
 from mve.envs import device
 from mve.envs.base import Episode
 from mve.envs.device import Collected, DeviceEnv
+from mve.envs.host import BrokenOffError
 from mve.evaluate import LONGEST_EPISODE, Evaluation
 from mve.policies import Policy
 from mve.program import Alone, Together
 from mve.run import Run
 from mve.state import Progress, TrainState
-from mve.types import Transition, UserError
+from mve.types import FaultError, Transition
 
 Program: TypeAlias = Alone | Together
+
+
+class Taken(NamedTuple):
+    """Real steps of every run, up to where an environment failed."""
+
+    block: Transition  # as the program learns it, padded to a whole one
+    steps: int  # rows of it that are real
+    fault: FaultError | None = None
 
 
 @runtime_checkable
 class Collector(Protocol):
     """The real steps of every run of a loop."""
 
-    explorers: list[
-        Policy | None
-    ]  # that collect the next block, where those are not the state's own policies
+    # Those that collect the next block, where they are not the state's own.
+    explorers: list[Policy | None]
 
     def before_learning(self, state: TrainState, step: int) -> None:
         """The state is about to learn, and be donated: the last chance for what acts one block behind."""
         ...
 
-    def collect(self, state: TrainState, step: int, count: int) -> Transition:
-        """The block of every run that starts at `step`, padded to a whole one, as the program learns it."""
+    def collect(self, state: TrainState, step: int, count: int) -> Taken:
+        """The block of every run that starts at `step`."""
         ...
 
     def settle(self) -> None:
@@ -81,13 +89,23 @@ class OnHost:
             return [None for _ in self.runs]
         return [*self.program.explorers(state, step)]
 
-    def collect(self, state: TrainState, step: int, count: int) -> Transition:
+    def collect(self, state: TrainState, step: int, count: int) -> Taken:
         explorers = self.explorers
         if not self.overlaps or explorers[0] is None:
             explorers = self._fetched(state, step)
-        return self.program.gathered(
-            [run.collect(policy, step, count) for run, policy in zip(self.runs, explorers, strict=True)]
-        )
+        blocks: list[Transition] = []
+        fault: FaultError | None = None
+        for run, policy in zip(self.runs, explorers, strict=True):
+            _check_policy(run, policy)
+            try:
+                blocks.append(run.collect(policy, step, count))
+            except BrokenOffError as broken:
+                blocks.append(broken.block)
+                fault, count = broken, run.env.num_steps - step
+        if fault is not None:
+            both = zip(self.runs, blocks, strict=True)
+            blocks = [_cut(run, block, step, count) for run, block in both]
+        return Taken(self.program.gathered(blocks), count, fault)
 
     def settle(self) -> None:
         """They always are."""
@@ -95,6 +113,19 @@ class OnHost:
     def evaluate(self, state: TrainState, step: int) -> list[Evaluation]:
         policies = self.program.policies(state)
         return [run.evaluate(policy, step) for run, policy in zip(self.runs, policies, strict=True)]
+
+
+def _check_policy(run: Run, policy: Policy | None) -> None:
+    """What acts is finite, or an environment would be blamed for its actions."""
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(policy)):
+        raise run.diverged("the policy is not finite", run.env.num_steps)
+
+
+def _cut(run: Run, block: Transition, before: int, count: int) -> Transition:
+    """The rows up to another seed's fault, so that all stand at the same step; then a new episode."""
+    if run.env.num_steps > before + count:
+        run.env.lose(before + count)
+    return jax.tree.map(lambda x: np.concatenate([x[:count], np.zeros_like(x[count:])]), block)
 
 
 @final
@@ -113,7 +144,7 @@ class OnDevice:
     def before_learning(self, state: TrainState, step: int) -> None:
         """Nothing acts behind."""
 
-    def collect(self, state: TrainState, step: int, count: int) -> Transition:
+    def collect(self, state: TrainState, step: int, count: int) -> Taken:
         policy = self.program.exploration(state, step)
         shared = np.int32(step), np.int32(count), np.bool_(not self.runs[0].explores(step))
         self._read()
@@ -121,7 +152,7 @@ class OnDevice:
             device.collect, (self.env,), shared, policy, self.running, self.keys
         )
         self._unread = step, count, collected
-        return collected.block
+        return Taken(collected.block, count)
 
     def _read(self) -> None:
         """Note the episodes that ended in the last block, once; waits until it is collected."""
@@ -133,7 +164,7 @@ class OnDevice:
         for run, (over, length, ret, sound) in zip(self.runs, parts, strict=True):
             if not sound[:count].all():
                 where = step + 1 + int(np.argmin(sound[:count]))
-                raise UserError(f"{run.spec.name}: the observation or reward of step {where} is not finite")
+                raise FaultError(f"{run.spec.name}: the observation or reward of step {where} is not finite")
             run.recent.extend(Episode(float(ret[i]), int(length[i])) for i in np.flatnonzero(over))
 
     def settle(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -23,6 +23,9 @@ from mve.imagine import ImaginationConfig
 from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO, PRESETS
 from mve.targets import TargetsConfig
 from mve.types import Count, Json, NonNegative, Positive, UserError
+
+LONGEST_SHOWN = 100  # characters of a value in a message
+FORMAT = 2  # of config.json; files that do not say are of format 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ class Config:
 
 def build(env_id: str, algo: str | None = None, assignments: Sequence[str] = (), seed: int = 0) -> Config:
     """The configuration of a preset on a task, with the user's `section.field=value` on top."""
-    return from_json(_plain(env_id, algo or DEFAULT_ALGO, assignments, seed))
+    return _config(_plain(env_id, algo or DEFAULT_ALGO, assignments, seed))
 
 
 def task(env_id: str, algo: str | None = None, assignments: Sequence[str] = ()) -> EnvConfig:
@@ -96,9 +99,11 @@ def check_actions(config: Config, spec: EnvSpec) -> None:
 
 def _plain(env_id: str, algo: str, assignments: Sequence[str], seed: int) -> Json:
     if algo not in PRESETS:
-        raise UserError(f"unknown algorithm '{algo}'{_nearest(algo, PRESETS)}; `mve list` shows them all")
+        raise UserError(
+            f"unknown algorithm {_shown(algo)}{_nearest(algo, PRESETS)}; `mve list` shows them all"
+        )
     if not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"seed {seed} is out of range; it has to be 0 to {LARGEST_SEED}")
+        raise UserError(f"seed {_shown(seed)} is out of range; it has to be 0 to {LARGEST_SEED}")
     preset = PRESETS[algo]
     data: Json = {"algo": algo, "learner": preset.learner, "seed": seed, "env": {"id": env_id}}
     for prefix, settings in {"": preset.settings, **preset.tasks}.items():
@@ -108,7 +113,7 @@ def _plain(env_id: str, algo: str, assignments: Sequence[str], seed: int) -> Jso
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
         if not separator:
-            raise UserError(f"cannot read the setting '{assignment}'; write section.field=value")
+            raise UserError(f"cannot read the setting {_shown(assignment)}; write section.field=value")
         _assign(data, name.strip(), _literal(text.strip()))
     return data
 
@@ -117,32 +122,66 @@ def _literal(text: str) -> object:
     """JSON where it is JSON (numbers, lists, true), the text itself where it is not."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _assign(data: Json, name: str, value: object) -> None:
     section, _, setting = name.partition(".")
     if section in ("algo", "learner", "seed") or not setting:
-        raise UserError(f"cannot set '{name}'; settings are section.field, such as train.updates_per_step")
+        raise UserError(
+            f"cannot set {_shown(name)}; settings are section.field, such as train.updates_per_step"
+        )
     data.setdefault(section, {})[setting] = value
 
 
 def _nearest(name: str, names: Sequence[str] | Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name[:LONGEST_SHOWN], list(names), n=3, cutoff=0.5)
     return f"; nearest: {', '.join(near)}" if near else ""
 
 
 def to_json(config: Config) -> Json:
     """Plain data, enough to build the same configuration again."""
-    return json.loads(json.dumps(asdict(config)))
+    return {"format": FORMAT, **json.loads(json.dumps(asdict(config)))}
 
 
-def from_json(data: Json) -> Config:
-    """The configuration that plain data describes; unknown names and bad values are refused by name."""
-    learner = data.get("learner")
-    if learner not in AGENTS:
-        raise UserError(f"config: learner {learner!r} is not one of {', '.join(AGENTS)}")
+def from_json(data: Any) -> Config:
+    """The configuration that `to_json` described, in this version or an older one.
+
+    UserError for one of a newer version; unknown names and bad values are refused by name.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"config: it has to be a mapping of settings, not {type(data).__name__}")
+    version = data.get("format", 1)
+    if type(version) is not int or version < 1:
+        raise UserError(f"config: format {_shown(version)} is not a version of it")
+    if version > FORMAT:
+        raise UserError(f"config: format {version}, this mve reads {FORMAT}; use the mve that wrote it")
+    data = {name: value for name, value in data.items() if name != "format"}
+    for older in range(version, FORMAT):
+        data = MIGRATIONS[older](data)
+    return _config(data)
+
+
+def _before_overlap(data: Json) -> Json:
+    """The first files were written when blocks were always collected with the newest policy."""
+    settings = data.get("train")
+    return data | {"train": {"overlap": False} | settings} if isinstance(settings, dict) else data
+
+
+# From the version that is the key to the next. Settings that are new need no migration where their default
+# is what was done before.
+MIGRATIONS: dict[int, Callable[[Json], Json]] = {1: _before_overlap}
+
+
+def _config(data: Json) -> Config:
+    learner, algo, seed = (data.get(name) for name in ("learner", "algo", "seed"))
+    if not isinstance(learner, str) or learner not in AGENTS:
+        raise UserError(f"config: learner {_shown(learner)} is not one of {', '.join(AGENTS)}")
+    if not isinstance(algo, str):
+        raise UserError(f"config: algo {_shown(algo)} is not the name of an algorithm")
+    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"config: seed {_shown(seed)} is not a number from 0 to {LARGEST_SEED}")
     sections: dict[str, Any] = {"agent": AGENTS[learner][0]}
     for f in fields(Config):
         if isinstance(f.default_factory, type) and is_dataclass(f.default_factory):
@@ -151,18 +190,31 @@ def from_json(data: Json) -> Config:
     arguments: Json = {}
     for name, value in data.items():
         if name not in names:
-            raise UserError(f"unknown settings section '{name}'{_nearest(name, names)}")
+            raise UserError(f"unknown settings section {_shown(name)}{_nearest(name, names)}")
         arguments[name] = _section(name, sections[name], value) if name in sections else value
     arguments.setdefault("agent", sections["agent"]())
     return Config(**arguments)
 
 
+def _shown(value: Any) -> str:
+    """A value in a message: not more of it than fits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, say
+        text = f"of type {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
 def _section(name: str, section: type, data: Any) -> Any:
+    if not isinstance(data, dict):
+        raise UserError(f"settings {name} = {_shown(data)}: they have to be a mapping of names to values")
     known = [f.name for f in fields(section)]
     for setting in data:
         if setting not in known:
-            raise UserError(f"unknown setting '{name}.{setting}'{_nearest(setting, known)}")
+            raise UserError(f"unknown setting {_shown(f'{name}.{setting}')}{_nearest(setting, known)}")
     try:
+        # What env.kwargs holds goes into config.json as it is.
+        json.dumps(data, allow_nan=name != "env")
         return msgspec.convert(data, section)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$.")
@@ -172,4 +224,6 @@ def _section(name: str, section: type, data: Any) -> Any:
         if get_origin(kind) is Literal:
             reason = f"it has to be one of {', '.join(map(str, get_args(kind)))}"
         reason = reason.replace("`array`", "a list such as [256,256]")
-        raise UserError(f"setting {name}.{setting} = {value!r}: {reason}") from error
+        raise UserError(f"setting {name}.{setting} = {_shown(value)}: {reason}") from error
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"settings {name} = {_shown(data)}: {error}") from error

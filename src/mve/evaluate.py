@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import gymnasium as gym
 import numpy as np
 
-from mve.envs.host import action_size, episode_seed, native_action
+from mve.envs.host import ActionSpace, action_size, episode_seed, native_action
+from mve.envs.stepped import Fault, Restarts, Stepped
 from mve.policies import Policy
-from mve.types import Count, Positive
+from mve.types import Count, FaultError, Positive
 
 EVALUATION_STREAM = 2  # first word of the seeds of evaluation episodes
 LONGEST_EPISODE = 10_000  # steps, where the environment itself sets no limit
@@ -34,24 +34,61 @@ class Evaluation(NamedTuple):
     lengths: np.ndarray
 
 
-def evaluate(envs: Sequence[gym.Env], policy: Policy, *, seed: int, step: int) -> Evaluation:
-    """Undiscounted return of one episode in each environment, without noise; `policy` has NumPy leaves.
+def evaluate(
+    envs: Sequence[Stepped],
+    policy: Policy,
+    space: ActionSpace,
+    *,
+    episodes: int,
+    seed: int,
+    step: int,
+    restarts: Restarts,
+) -> Evaluation:
+    """Undiscounted return of so many episodes, without noise; `policy` has NumPy leaves.
 
-    Episodes run side by side, so that the policy is called once per step for all of them. Episode i is
-    reset with a seed made of the run's seed, the step and i: the result depends on nothing else.
+    As many episodes run side by side as there are environments, so that the policy is called once per step
+    for all of them. Episode i is reset with a seed made of the run's seed, the step and i: the result depends
+    on nothing else. One that a fault breaks off is played again from its beginning, or else FaultError is
+    raised.
     """
-    space = envs[0].action_space
-    assert isinstance(space, gym.spaces.Box | gym.spaces.Discrete)
-    resets = [env.reset(seed=episode_seed(EVALUATION_STREAM, seed, step, i)) for i, env in enumerate(envs)]
-    obs = np.stack([obs for obs, _ in resets]).astype(np.float32)
-    returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), np.int64)
-    noise = np.zeros((len(envs), action_size(space)), np.float32)
-    running = np.ones(len(envs), bool)
+    seeds = [episode_seed(EVALUATION_STREAM, seed, step, i) for i in range(episodes)]
+    parts = [
+        _side_by_side(envs, policy, space, seeds[first : first + len(envs)], restarts)
+        for first in range(0, episodes, len(envs))
+    ]
+    return Evaluation(*(np.concatenate(numbers) for numbers in zip(*parts, strict=True)))
+
+
+def _side_by_side(
+    envs: Sequence[Stepped], policy: Policy, space: ActionSpace, seeds: Sequence[int], restarts: Restarts
+) -> Evaluation:
+    obs = np.stack([_begun(env, seed, restarts) for env, seed in zip(envs, seeds, strict=False)])
+    returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), np.int64)
+    noise = np.zeros((len(seeds), action_size(space)), np.float32)
+    running = np.ones(len(seeds), bool)
     while running.any():
         native = native_action(space, policy(obs, noise))
         for i in np.flatnonzero(running).tolist():
-            obs[i], reward, terminated, truncated, _ = envs[i].step(native[i])
-            returns[i] += float(reward)
+            try:
+                obs[i], reward, terminated, truncated = envs[i].step(native[i])
+            except Fault as fault:
+                _give_up(f"at step {lengths[i] + 1} of evaluation episode {i}, {fault}", restarts)
+                obs[i], returns[i], lengths[i] = _begun(envs[i], seeds[i], restarts), 0.0, 0
+                continue
+            returns[i] += reward
             lengths[i] += 1
             running[i] = not (terminated or truncated or lengths[i] == LONGEST_EPISODE)
     return Evaluation(returns, lengths)
+
+
+def _begun(env: Stepped, seed: int, restarts: Restarts) -> np.ndarray:
+    while True:
+        try:
+            return env.reset(seed)
+        except Fault as fault:
+            _give_up(f"at the reset of an evaluation episode, {fault}", restarts)
+
+
+def _give_up(told: str, restarts: Restarts) -> None:
+    if not restarts.allow(told):
+        raise FaultError(restarts.in_vain(told))

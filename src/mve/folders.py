@@ -7,23 +7,27 @@ checkpoints   the training state, replay included, and how far the run had come
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from mve import checkpoint, config, log
+from mve.checkpoint import Frozen, Ringed, Which
 from mve.config import Config
 from mve.envs import snapshot
 from mve.envs.base import Snapshot
+from mve.segments import Ring, Shelf
 from mve.state import Capacity, Progress, Recipe, TrainState, fresh_state
 from mve.train import exploration_policy
-from mve.types import Json, UserError
+from mve.types import Count, Json, NonNegative, Positive, UserError
 
 RUNS = "seed-*/config.json"
+REPLAY_ROWS = "replay.rows"  # names of the tensors that checkpoints share
 
 
 class Described(NamedTuple):
@@ -31,6 +35,25 @@ class Described(NamedTuple):
 
     config: Config
     user_functions: list[str]  # of "reward" and "termination", those that the user had given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a checkpoint says beside its tensors, all of which is used."""
+
+    num_env_steps: Count
+    replay_rows: Positive
+    imagined_rows: Count
+    has_explorer: bool
+    next_episode: Count
+    seconds: NonNegative
+    env: Json | None
+    metrics: dict[str, float]
+    recent: list[tuple[float, Count]]  # return and length of the last episodes
+    restarts: Count = 0  # of the environment, after faults
+    seen: dict[str, tuple[float, float] | None] | None = None  # lowest and highest reward and observation
+    run: Json | None = None  # the same for all checkpoints of a run; format 1 did not have it
+    evaluation: dict[str, float] | None = None  # of the state that is saved, if it was evaluated
 
 
 def default(name: str, algo: str) -> Path:
@@ -51,6 +74,12 @@ def seeds_of(folder: Path) -> list[Path]:
     """The runs in a folder of several seeds, by number."""
     found = [(re.fullmatch(r"seed-(\d+)", path.parent.name), path.parent) for path in folder.glob(RUNS)]
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def newest(folder: Path) -> str | None:
+    """Name of the newest checkpoint of a run, sound or not; None if it has none."""
+    found = checkpoint.latest(checkpoints(folder))
+    return found and found.name
 
 
 def refuse_taken(folder: Path) -> None:
@@ -74,44 +103,72 @@ def describe(folder: Path, built: Config, task: str, user_functions: list[str]) 
 
 def read(folder: Path) -> Described:
     """What a run is."""
-    data = log.read_json(folder / "config.json", what="run folder")
+    path = folder / "config.json"
+    data = log.read_json(path, what="run folder")
     data.pop("task", None)
     functions = data.pop("user_functions", [])
-    return Described(config.from_json(data), functions)
+    if not isinstance(functions, list) or any(each not in ("reward", "termination") for each in functions):
+        raise UserError(f"{path}: user_functions has to be a list of reward and termination")
+    try:
+        return Described(config.from_json(data), functions)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
-def save(folder: Path, progress: Progress, env: Snapshot | None, facts: Json) -> None:
-    """A checkpoint; `facts` are joined by what restoring needs to know of sizes.
+def checkpoints(folder: Path) -> Path:
+    """Where those of a run are."""
+    return folder / "checkpoints"
 
-    `env` is the environment's state, None where it cannot be had.
+
+def freeze(progress: Progress, env: Snapshot | None, facts: Json, ring: Ring, shelf: Shelf) -> Frozen:
+    """A checkpoint to be written; `facts` are joined by what restoring needs to know of sizes.
+
+    `env` is the environment's state, None where it cannot be had; `ring` the rows of the replay, which are
+    not in the state; `shelf` knows which of them earlier checkpoints have written.
     """
     state = progress.state
     described = {
         "num_env_steps": int(state.num_env_steps),
-        "replay_rows": state.replay.capacity,
+        "replay_rows": ring.capacity,
         "imagined_rows": state.imagined.capacity if state.imagined else 0,
         "has_explorer": progress.explorer is not None,
         "env": None if env is None else env.facts,
     }
     tree = _tree(progress) | {"env": {} if env is None else env.arrays}
-    checkpoint.save(folder / "checkpoints", tree, described | facts)
+    return checkpoint.freeze(tree, described | facts, Ringed(REPLAY_ROWS, ring, shelf))
 
 
-def restore(folder: Path, recipe: Recipe) -> tuple[Progress, Snapshot | None, Json]:
-    """The newest sound checkpoint's progress, state of the environment, and facts."""
+def restore(
+    folder: Path, recipe: Recipe, identity: Json, which: Which = "newest"
+) -> tuple[Progress, Snapshot | None, Json]:
+    """A sound checkpoint's progress, state of the environment, and facts; it has to be of the same run."""
 
     def template_of(held: Json) -> dict[str, Any]:
+        facts = _checked(held, identity)
+
         def tree() -> dict[str, Any]:
-            state = fresh_state(recipe, Capacity(held["replay_rows"], held["imagined_rows"]), 0)
-            acts = held["has_explorer"]
+            state = fresh_state(recipe, Capacity(facts.replay_rows, facts.imagined_rows), 0)
+            acts = facts.has_explorer
             return _tree(Progress(state, exploration_policy(state, state.num_env_steps) if acts else None))
 
-        return jax.eval_shape(tree) | {"env": {} if held["env"] is None else snapshot.template(held["env"])}
+        return jax.eval_shape(tree) | {"env": {} if facts.env is None else snapshot.template(facts.env)}
 
-    tree, facts = checkpoint.restore(folder / "checkpoints", template_of)
+    tree, held = checkpoint.restore(checkpoints(folder), template_of, which)
+    facts = {"evaluation": None} | held
     explorer, arrays = jax.tree.map(np.asarray, tree.pop("explorer")), tree.pop("env")
     env = None if facts["env"] is None else Snapshot(arrays, facts["env"])
     return Progress(TrainState(**jax.tree.map(jnp.asarray, tree)), explorer), env, facts
+
+
+def _checked(held: Json, identity: Json) -> Facts:
+    """The facts of a checkpoint of this run; ValueError for others."""
+    try:
+        facts = msgspec.convert(held, Facts)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from error
+    if facts.run not in (None, identity):
+        raise ValueError(f"it is of another run, {facts.run}")
+    return facts
 
 
 def _tree(progress: Progress) -> dict[str, Any]:

@@ -15,20 +15,23 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from mve import config, folders, log, plot, schedule, train
+from mve import checkpoint, config, folders, lock, log, plot, room, schedule, train
+from mve.checkpoint import Which
 from mve.config import Config
 from mve.display import Display
 from mve.envs import host, native
 from mve.envs.base import EnvSpec
 from mve.envs.native import NativeTask
 from mve.evaluate import Evaluation
-from mve.loop import Interrupt, Loop
+from mve.interrupt import Interrupt
+from mve.loop import Loop
 from mve.policies import Policy
 from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO
-from mve.program import on_host
+from mve.program import Alone, on_host
 from mve.run import Run
+from mve.segments import Shelf
 from mve.state import Progress, Recipe, TrainState, grown, initial_state
-from mve.types import RewardFn, TerminationFn, UserError
+from mve.types import DivergedError, RewardFn, TerminationFn, UserError
 
 
 class Learner:
@@ -71,9 +74,11 @@ class Learner:
             self.run = Run(built, instance, eval_env=eval_env, **functions)
         default = folders.default(self.spec.name, built.algo) / f"seed-{seed}"
         self.folder = Path(run_dir) if run_dir is not None else folders.free(default)
+        self.room = room.check(self.run, self.folder)
         self.progress = Progress(initial_state(self.recipe, self.run.capacity(), seed))
         self.quiet = quiet
-        self._fresh = True
+        self._fresh, self._broken_off = True, False
+        self._newest: str | None = None  # checkpoint in the folder when it was last read or written
         self._policy: tuple[TrainState, Policy] | None = None
 
     @property
@@ -158,23 +163,36 @@ class Learner:
     def learn(self, total_timesteps: int | None = None) -> Learner:
         """Train for so many more environment steps, or to the end of the configured budget.
 
-        Ends with an evaluation, a checkpoint and the learning curve. On Ctrl-C the block in hand is
-        finished and saved before KeyboardInterrupt is raised.
+        Ends with an evaluation, a checkpoint and the learning curve. On Ctrl-C the block in hand is finished
+        and saved before KeyboardInterrupt is raised; on SIGTERM or SIGHUP likewise before SystemExit, with
+        128 plus the signal's number. A second signal raises at once, and nothing more is saved. Raises
+        FaultError, everything saved, for an environment that fails, and DivergedError, nothing saved, for
+        losses that are not finite.
         """
-        self.prepare(total_timesteps)
-        if not self.quiet:
-            print(self.describe(), file=sys.stderr)
-        go_on([self], self.folder)
+        self.set_budget(total_timesteps)
+        with lock.held(self.folder):
+            self.prepare()
+            if not self.quiet:
+                print(self.describe(), self.room, sep="\n", file=sys.stderr)
+            go_on([self], self.folder)
         return self
 
-    def prepare(self, total_timesteps: int | None) -> None:
-        """Set the budget, open the run folder, and make room for what is to come."""
+    def set_budget(self, total_timesteps: int | None) -> None:
+        """So many more environment steps, or the configured budget; nothing is written."""
+        if self._broken_off:
+            raise UserError(f"the last learn() failed; go on with Learner.load({str(self.folder)!r})")
         if total_timesteps is not None:
             budget = replace(self.config.train, total_steps=self.num_timesteps + total_timesteps)
             self.run.config = replace(self.config, train=budget)
+            self.room = room.check(self.run, self.folder)
         schedule.check(self.config, self.recipe.fits_model)
+
+    def prepare(self) -> None:
+        """Open the run folder, which is locked, and make room for what is to come."""
         if self._fresh:
             folders.refuse_taken(self.folder)
+        elif folders.newest(self.folder) != self._newest:
+            raise UserError(f"{self.folder} has gone on since it was loaded; load it again")
         self.run.write_facts(self.folder)
         self._fresh = False
         self.state = grown(self.state, self.run.capacity())
@@ -182,8 +200,13 @@ class Learner:
 
     def save(self, folder: Path | str) -> None:
         """Configuration and training state, replay included, into a folder that `load` reads."""
-        self.run.write_facts(Path(folder))
-        self.run.save(Path(folder), self.progress)
+        with lock.held(Path(folder)):
+            self.run.write_facts(Path(folder))
+            program = Alone(self.recipe)
+            rest = self.progress._replace(state=program.rest(self.state, 0))
+            frozen = self.run.freeze(rest, program.ring(self.state, 0), Shelf())
+            checkpoint.write({folders.checkpoints(Path(folder)): frozen})
+        self._newest = folders.newest(self.folder)
 
     @classmethod
     def load(
@@ -195,8 +218,12 @@ class Learner:
         termination_fn: TerminationFn | None = None,
         eval_env: gym.Env | None = None,
         quiet: bool = False,
+        which: Which = "newest",
     ) -> Learner:
         """The learner of a run folder, at its newest checkpoint. Nothing in the folder is executed.
+
+        `which`: "best" for the checkpoint whose evaluation was best, or the newest of at most that step; 0:
+        none, the run before its first step.
 
         An environment instance, and functions the user had given, have to be given again. The run goes on
         within its episode, or in the next one where the environment's state cannot be saved.
@@ -219,8 +246,15 @@ class Learner:
             instance = host.make(built.env) if env is None else native.as_gymnasium(env)
             learner.run = Run(built, instance, eval_env=eval_env, **functions)
         learner.folder, learner.quiet = folder, quiet
-        learner._fresh, learner._policy = False, None
-        learner.progress, env_state, facts = folders.restore(folder, learner.recipe)
+        learner.room = room.check(learner.run, folder)
+        learner._fresh, learner._broken_off, learner._policy = False, False, None
+        learner._newest = folders.newest(folder)
+        if which == 0:
+            learner.progress = Progress(initial_state(learner.recipe, learner.run.capacity(), built.seed))
+            return learner
+        learner.progress, env_state, facts = folders.restore(
+            folder, learner.recipe, learner.run.identity, which
+        )
         learner.run.stands_at(env_state, facts)
         return learner
 
@@ -228,28 +262,52 @@ class Learner:
 def go_on(learners: Sequence[Learner], folder: Path) -> None:
     """Train learners that differ in the seed only, and are prepared, to the end of their budget.
 
-    MuJoCo's warnings and the picture of all curves go to `folder`. Raises KeyboardInterrupt on Ctrl-C, once
-    everything is saved.
+    MuJoCo's warnings and the picture of all curves go to `folder`. Raises what a signal means, once
+    everything is saved, and the errors that `Learner.learn` names.
     """
     total, interrupt = learners[0].config.train.total_steps, Interrupt()
     display = Display(total, quiet=learners[0].quiet)
     loop = Loop([each.run for each in learners], [each.progress for each in learners])
+    for learner in learners:
+        learner._broken_off = True
     try:
         with ExitStack() as held:
             held.enter_context(log.capture_mujoco_warnings(folder))
             records = [held.enter_context(log.RunLog(each.folder)) for each in learners]
             held.enter_context(display)
             held.enter_context(interrupt.watched())
-            loop.go_on(total, records, display, interrupt)
-    finally:
-        for learner, progress in zip(learners, loop.progress(), strict=True):
-            learner.progress = progress
+            held.enter_context(loop.writer)
+            _train(loop, total, records, display, interrupt)
+    except DivergedError:
+        raise
+    except UserError:  # the loop has ended in good order all the same
+        _take_stock(learners, loop)
+        raise
+    _take_stock(learners, loop)
     for learner in learners:
         plot.curve([learner.folder], learner.folder / "curve.png")
     if len(learners) > 1:
         plot.curve([each.folder for each in learners], folder / "curve.png")
     if interrupt.asked:
-        raise KeyboardInterrupt
+        interrupt.leave()
+
+
+def _take_stock(learners: Sequence[Learner], loop: Loop) -> None:
+    """The loop has ended between two blocks, and everything is saved."""
+    for learner, progress in zip(learners, loop.progress(), strict=True):
+        learner.progress, learner._broken_off = progress, False
+        learner._newest = folders.newest(learner.folder)
+
+
+def _train(
+    loop: Loop, total: int, records: Sequence[log.RunLog], display: Display, interrupt: Interrupt
+) -> None:
+    try:
+        loop.go_on(total, records, display, interrupt)
+    except UserError as error:
+        for record in records:
+            record.event(str(error))
+        raise
 
 
 def _default_algo(env: gym.Env) -> str:

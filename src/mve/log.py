@@ -3,6 +3,7 @@
     metrics.jsonl      one record per line                 {"time/total_timesteps": 1000, "model/loss": 0.1}
     evaluations.csv    one row per evaluation episode      step,episode,return,length
     versions.json      what made the run                   mujoco.log    MuJoCo's own warnings
+    events.log         what went wrong, if anything did
 
 The files are the record; the console (`mve.display`) is a view of it.
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import math
 import os
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -26,12 +29,55 @@ from typing import Any, SupportsFloat
 import jax
 import numpy as np
 
+from mve import files
 from mve.types import Json, UserError
 
 METRICS, EVALUATIONS, VERSIONS, MUJOCO_LOG = "metrics.jsonl", "evaluations.csv", "versions.json", "mujoco.log"
+EVENTS = "events.log"
 STEP = "time/total_timesteps"
 COLUMNS = ("step", "episode", "return", "length")
 PACKAGES = ("numpy", "jax", "jaxlib", "equinox", "optax", "gymnasium", "mujoco", "dm-control")
+
+
+class Appender:
+    """Appends whole lines to a file, or, where the disk is full, none: they wait for the next time."""
+
+    def __init__(self, path: Path):
+        self._path, self._waiting = path, b""
+        self._file = path.open("ab", buffering=0)
+
+    @property
+    def is_empty(self) -> bool:
+        return self._file.tell() == 0
+
+    def append(self, text: str) -> None:
+        """Some lines; a warning if the file begins to refuse them."""
+        had_to_wait, self._waiting = bool(self._waiting), self._waiting + text.encode()
+        if (fault := self._write()) and not had_to_wait:
+            warnings.warn(
+                f"cannot write {self._path}: {fault}; its lines are kept and tried again", stacklevel=3
+            )
+
+    def _write(self) -> str | None:
+        """Why what waits has to wait on."""
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(self._waiting)
+            if written == len(self._waiting):
+                self._waiting = b""
+                return None
+            fault = "No space left on device"
+        except OSError as error:
+            fault = error.strerror or str(error)
+        with contextlib.suppress(OSError):
+            self._file.truncate(end)
+        return fault
+
+    def close(self) -> None:
+        if self._waiting and (fault := self._write()):
+            lines = self._waiting.count(b"\n")
+            warnings.warn(f"{self._path} lacks its last {lines} lines: {fault}", stacklevel=3)
+        self._file.close()
 
 
 class RunLog:
@@ -39,9 +85,9 @@ class RunLog:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = (folder / METRICS).open("a", encoding="utf-8")
-        self._evaluations = (folder / EVALUATIONS).open("a", encoding="utf-8", newline="")
-        if self._evaluations.tell() == 0:
+        self._folder = folder
+        self._metrics, self._evaluations = Appender(folder / METRICS), Appender(folder / EVALUATIONS)
+        if self._evaluations.is_empty:
             self._append_rows([COLUMNS])
 
     def __enter__(self) -> RunLog:
@@ -56,8 +102,7 @@ class RunLog:
     def record(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """One line of metrics.jsonl; what is not finite becomes null."""
         line = {STEP: int(step), **{name: _number(value) for name, value in metrics.items()}}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        self._metrics.append(json.dumps(line) + "\n")
 
     def evaluation(
         self, step: int, returns: Sequence[float] | np.ndarray, lengths: Sequence[int] | np.ndarray
@@ -68,9 +113,16 @@ class RunLog:
             for episode, (ret, length) in enumerate(zip(returns, lengths, strict=True))
         )
 
+    def event(self, text: str) -> None:
+        """What went wrong and when, for whoever looks later; a line each, never taken back."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError), (self._folder / EVENTS).open("a", encoding="utf-8") as file:
+            file.writelines(f"{now} {line}\n" for line in text.splitlines())
+
     def _append_rows(self, rows: Any) -> None:
-        csv.writer(self._evaluations, lineterminator="\n").writerows(rows)
-        self._evaluations.flush()
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        self._evaluations.append(text.getvalue())
 
     @staticmethod
     def truncate(folder: Path, step: int) -> None:
@@ -134,12 +186,16 @@ def write_json(path: Path, data: Json) -> None:
 def read_json(path: Path, what: str = "run folder") -> Json:
     """A JSON file of a folder that is a `what`; one clear line if it is not there or not whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = files.parse(files.read(path, files.LARGEST_JSON))
+        if not isinstance(data, dict):
+            raise ValueError("it does not hold names and values")
+        return data
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = f"it has no {path.name}" if path.parent.is_dir() else "there is no such folder"
         raise UserError(f"{path.parent} is not a {what}: {reason}") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {why}") from error
 
 
 def _write_text(path: Path, text: str) -> None:

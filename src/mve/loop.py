@@ -16,50 +16,24 @@ it is always where the environment is on the device too (`collect.py`).
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from mve import log, schedule, train
+from mve import folders, log, schedule, train
 from mve.collect import collector_for
 from mve.display import Display
+from mve.interrupt import Interrupt
 from mve.program import Alone, Together
 from mve.run import Run
+from mve.segments import Shelf
 from mve.state import Progress
 from mve.train import Due
-from mve.types import Metrics, Transition
-
-
-class Interrupt:
-    """Ctrl-C asks the loop to finish its block; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """While this lasts; signals reach the main thread only."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(signum: int, frame: Any) -> None:
-            del signum, frame
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-
-        previous = signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+from mve.types import FaultError, Metrics, Transition
+from mve.writer import Writer
 
 
 class Collected(NamedTuple):
@@ -91,8 +65,11 @@ class Loop:
         self.collector = collector_for(self.runs, self.program, progress)
         self._collected: Collected | None = None
         self._learning: Learning | None = None
+        self._fault: FaultError | None = None
         self._traces: int | None = None
         self._said = False
+        self.writer = Writer()  # to be left, as a `with` block, once the loop has gone as far as it should
+        self._shelves = [Shelf() for _ in self.runs]
 
     def progress(self) -> list[Progress]:
         """Where each run stands."""
@@ -104,7 +81,11 @@ class Loop:
     def go_on(
         self, total: int, records: Sequence[log.RunLog], display: Display, interrupt: Interrupt
     ) -> None:
-        """Up to so many environment steps, or until Ctrl-C; ends with an evaluation and a checkpoint."""
+        """Up to so many environment steps, or until a signal; ends with an evaluation and a checkpoint.
+
+        After a fault of an environment it ends with a checkpoint and raises FaultError. Raises DivergedError
+        without one: the checkpoint before is the last good one.
+        """
         settings, interval = self.config.train, self.config.evaluate.interval_steps
         started, before_start = time.perf_counter(), [run.seconds for run in self.runs]
         stopping = False
@@ -112,10 +93,10 @@ class Loop:
             before = self.step
             self._learn()
             self._collect(min(settings.block_steps, total - before))
-            stopping = interrupt.asked
-            ends = stopping or self.step == total
-            evaluates = schedule.crosses(before, self.step, interval) or self.step == total
-            saves = schedule.crosses(before, self.step, settings.checkpoint_interval) or ends
+            looks = schedule.crosses(before, self.step, interval) or self.step == total
+            evaluates = looks and self._fault is None
+            saves = schedule.crosses(before, self.step, settings.checkpoint_interval) or self.step == total
+            saves = saves or interrupt.asked or self._fault is not None
             if evaluates or saves or not settings.overlap:
                 self._learn()
                 self._read()
@@ -125,13 +106,43 @@ class Loop:
             if tells or saves:
                 self.collector.settle()
             display.progress(self.step, self._shown())
-            judged = self.evaluate(records, display) if evaluates else [{} for _ in self.runs]
+            judged = self._evaluated(records, display) if evaluates else [{} for _ in self.runs]
             if tells:
                 for run, record, result in zip(self.runs, records, judged, strict=True):
                     record.record(self.step, run.line(self.step) | result)
-            if saves:
-                self._give_up_episodes(display)
-                self.save()
+            self._tell(records, display)
+            self.writer.poll()
+            stopping = interrupt.asked or self._fault is not None
+            if saves or stopping:
+                self._save_what_is_sound(display)
+        if self._fault is not None:
+            raise self._fault
+
+    def _evaluated(self, records: Sequence[log.RunLog], display: Display) -> list[dict[str, float]]:
+        try:
+            return self.evaluate(records, display)
+        except FaultError as fault:
+            self._fault = fault
+            return [{} for _ in self.runs]
+
+    def _tell(self, records: Sequence[log.RunLog], display: Display) -> None:
+        """What was begun anew, to the person who waits and to the record."""
+        for run, record in zip(self.runs, records, strict=True):
+            for text in run.restarts.said():
+                display.say(text)
+                record.event(text)
+
+    def _save_what_is_sound(self, display: Display) -> None:
+        """A checkpoint, unless what would be in it is beyond repair."""
+        self._learn()
+        self._read()
+        self.collector.settle()
+        for run, is_finite in zip(self.runs, self.program.are_finite(self.state), strict=True):
+            if not is_finite:
+                raise run.diverged("a network's weight or its optimiser is not finite", self.step)
+        if self._fault is None:
+            self._give_up_episodes(display)
+        self.save()
 
     def _learn(self) -> None:
         """Ask the device to learn from what was collected, if that is not done; it is not waited for.
@@ -162,9 +173,10 @@ class Loop:
 
     def _collect(self, count: int) -> None:
         before = self.step
-        block = self.collector.collect(self.state, before, count)
-        self.step += count
-        self._collected = Collected(block, before, self.step)
+        taken = self.collector.collect(self.state, before, count)
+        self._fault = taken.fault
+        self.step += taken.steps
+        self._collected = Collected(taken.block, before, self.step) if taken.steps else None
 
     def _due(self, before: int, step: int) -> Due:
         """What a block of real steps is followed by."""
@@ -202,15 +214,15 @@ class Loop:
         """Try and record every run's deterministic policy; shown are one's episodes, or every seed's mean."""
         judged, shown = [], []
         results = self.collector.evaluate(self.state, self.step)
-        for result, record in zip(results, records, strict=True):
+        for run, result, record in zip(self.runs, results, records, strict=True):
             record.evaluation(self.step, result.returns.tolist(), result.lengths.tolist())
-            judged.append(
-                {
-                    "eval/mean_reward": float(result.returns.mean()),
-                    "eval/std_reward": float(result.returns.std()),
-                    "eval/mean_ep_length": float(np.mean(result.lengths)),
-                }
-            )
+            run.judged = {
+                "mean_reward": float(result.returns.mean()),
+                "std_reward": float(result.returns.std()),
+                "mean_ep_length": float(np.mean(result.lengths)),
+            }
+            judged.append({f"eval/{name}": value for name, value in run.judged.items()})
+            run.judged["step"] = self.step
             shown.append(result.returns)
         display.evaluation(self.step, shown[0] if len(shown) == 1 else [returns.mean() for returns in shown])
         return judged
@@ -223,6 +235,12 @@ class Loop:
             self._said = True
 
     def save(self) -> None:
-        """A checkpoint of every run."""
-        for run, progress in zip(self.runs, self.progress(), strict=True):
-            run.save(run.folder, progress)
+        """A checkpoint of every run: copied here, and written while training goes on."""
+        self.writer.wait()
+        frozen = {}
+        for i, (run, shelf) in enumerate(zip(self.runs, self._shelves, strict=True)):
+            progress = Progress(self.program.rest(self.state, i), self.collector.explorers[i])
+            frozen[folders.checkpoints(run.folder)] = run.freeze(
+                progress, self.program.ring(self.state, i), shelf
+            )
+        self.writer.start(frozen)

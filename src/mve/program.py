@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from mve import train
 from mve.agents import Agent
 from mve.envs.device import for_one
 from mve.policies import Policy
+from mve.segments import Ring
 from mve.state import Recipe, TrainState
 from mve.train import Due
 from mve.types import Metrics, Transition
@@ -27,6 +28,13 @@ def on_host(tree: Any) -> Any:
 
 
 SEED = "seed"  # the axis that devices share out
+
+
+def _are_finite(state: TrainState, seeds: int) -> list[bool]:
+    """Whether the networks and their optimisers are, for each of so many seeds; waits for them."""
+    leaves = jax.tree.leaves((state.model, state.agent))
+    numbers = [np.asarray(leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return np.all([np.isfinite(x).reshape(seeds, -1).all(axis=1) for x in numbers], axis=0).tolist()
 
 
 class Alone:
@@ -44,6 +52,15 @@ class Alone:
         """The state of one of the runs."""
         del number
         return state
+
+    def rest(self, state: TrainState, number: int) -> TrainState:
+        """The state of one of the runs but for the rows of its replay."""
+        return _without_rows(self.part(state, number))
+
+    def ring(self, state: TrainState, number: int) -> Ring:
+        """The rows of the replay of one of the runs, which are read while nothing is learned."""
+        del number
+        return _ring(state, state.replay.rows, partial(_slots, state.replay.rows))
 
     def gathered(self, blocks: Sequence[Transition]) -> Transition:
         """What was collected on the host, as `learn` takes it."""
@@ -88,9 +105,38 @@ class Alone:
         """The deterministic policies."""
         return [on_host(self.deterministic(state))]
 
+    def are_finite(self, state: TrainState) -> list[bool]:
+        """Whether the networks of each run are free of NaN and infinities; waits for them."""
+        return _are_finite(state, 1)
+
     def numbers(self, metrics: Metrics) -> list[dict[str, float]]:
         """The metrics of each run; waits for them."""
         return [{name: float(value) for name, value in jax.device_get(metrics).items()}]
+
+
+def _without_rows(state: TrainState) -> TrainState:
+    return eqx.tree_at(lambda state: state.replay.rows, state, None)
+
+
+def _ring(state: TrainState, kinds: Transition, slots: Callable[..., Transition]) -> Ring:
+    def read(start: int, count: int) -> dict[str, np.ndarray]:
+        return on_host(slots(np.int32(start), count))._asdict()
+
+    return Ring(kinds._asdict(), int(state.replay.position), int(state.replay.size), read)
+
+
+@partial(jax.jit, static_argnames="count")
+def _slots(rows: Transition, start: jax.Array, count: int) -> Transition:
+    return jax.tree.map(lambda ring: jax.lax.dynamic_slice_in_dim(ring, start, count), rows)
+
+
+@partial(jax.jit, static_argnames="count")
+def _slots_of(rows: Transition, number: jax.Array, start: jax.Array, count: int) -> Transition:
+    def slots(ring: jax.Array) -> jax.Array:
+        [one] = jax.lax.dynamic_slice_in_dim(ring, number, 1)
+        return jax.lax.dynamic_slice_in_dim(one, start, count)
+
+    return jax.tree.map(slots, rows)
 
 
 def devices_for(count: int) -> list[Any]:
@@ -129,6 +175,16 @@ class Together:
         """The state of one of the runs."""
         part = _part(state, np.int32(number))
         return part if self.mesh is None else jax.device_put(part, jax.devices()[0])
+
+    def rest(self, state: TrainState, number: int) -> TrainState:
+        """The state of one of the runs but for the rows of its replay."""
+        return self.part(_without_rows(state), number)
+
+    def ring(self, state: TrainState, number: int) -> Ring:
+        """The rows of the replay of one of the runs, which are read while nothing is learned."""
+        rows = state.replay.rows
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
+        return _ring(state, one, partial(_slots_of, rows, np.int32(number)))
 
     def gathered(self, blocks: Sequence[Transition]) -> Transition:
         """What was collected on the host, as `learn` takes it."""
@@ -174,6 +230,10 @@ class Together:
     def policies(self, state: TrainState) -> list[Policy]:
         """The deterministic policies."""
         return self.each(on_host(self.deterministic(state)))
+
+    def are_finite(self, state: TrainState) -> list[bool]:
+        """Whether the networks of each run are free of NaN and infinities; waits for them."""
+        return _are_finite(state, self.count)
 
     def numbers(self, metrics: Metrics) -> list[dict[str, float]]:
         """The metrics of each run; waits for them."""

@@ -6,27 +6,35 @@ No training state is kept here: policies come in, with NumPy leaves, and blocks 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
 import gymnasium as gym
 import jax
 import numpy as np
 
-from mve import config, folders, schedule
+from mve import config, divergence, folders, schedule
+from mve.checkpoint import Frozen
 from mve.config import Config
+from mve.divergence import Watch
 from mve.dynamics import DynamicsConfig
 from mve.envs import device, host, oracle
-from mve.envs.base import EnvSpec, Episode, Snapshot
-from mve.envs.host import HostEnv
-from mve.envs.known import never
+from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
+from mve.envs.host import BrokenOffError, HostEnv
+from mve.envs.known import name_of, never
+from mve.envs.stepped import Here, Restarts, Stepped
+from mve.envs.worker import Worker
 from mve.evaluate import LONGEST_EPISODE, Evaluation, evaluate
 from mve.imagine import ImaginationConfig
 from mve.policies import Policy
+from mve.segments import Ring, Shelf
 from mve.state import Capacity, Progress, Recipe
-from mve.types import Json, Known, RewardFn, StepFn, TerminationFn, Transition, UserError
+from mve.types import DivergedError, Json, Known, RewardFn, StepFn, TerminationFn, Transition, UserError
 
 EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
 RECENT_EPISODES = 10
@@ -44,15 +52,20 @@ class Run:
         termination_fn: TerminationFn | None = None,
         eval_env: gym.Env | None = None,
     ):
+        if built.env.is_apart and not built.env.id:
+            raise UserError("env.own_process and env.timeout need an environment given by its id")
+        self.instance, self._eval_env = instance, eval_env
+        self.restarts = Restarts(built.env, f"{name_of(instance)}, seed {built.seed}")
         self.env = HostEnv(
             instance,
             seed=built.seed,
             truncation_is_terminal=built.env.truncation_is_terminal,
             reward_fn=reward_fn,
             termination_fn=termination_fn,
+            stepped=partial(_stepped, built.env, instance),
+            restarts=self.restarts,
         )
         self.spec: EnvSpec = self.env.spec
-        self.instance, self._eval_env = instance, eval_env
         config.check_actions(built, self.spec)
         self.config = schedule.with_budgets(built, self.spec.max_episode_steps)
         self.device = device.of(  # takes its steps in place of `env`, if there is one
@@ -71,7 +84,9 @@ class Run:
         self.seconds = 0.0  # of training, up to where the run stands
         self.recent: deque[Episode] = deque(maxlen=RECENT_EPISODES)
         self.metrics: dict[str, float] = {}  # what learning said last
-        self._eval_envs: list[gym.Env] = []
+        self.watch = Watch()
+        self.judged: Json | None = None  # by the last evaluation, and at which step
+        self._eval_envs: list[Stepped] = []
 
     def _make_recipe(self) -> Recipe:
         settings = self.config
@@ -131,24 +146,42 @@ class Run:
         settings = self.config.train
         return step >= settings.learning_starts or settings.warmup == "policy"
 
-    def collect(self, policy: Policy | None, step: int, count: int) -> Transition:
+    def collect(self, policy: Policy | None, step: int, num_steps: int) -> Transition:
         """The block of real steps that starts at `step`, padded to a whole one; no policy: random actions.
 
-        What is drawn depends on the seed and the step only.
+        What is drawn depends on the seed and the step only. A fault that ends the run raises BrokenOffError,
+        whose block is padded too.
         """
-        size, rng = self.config.train.block_steps, self._exploration_draws(step)
-        if policy is None:
-            actions = iter(host.random_actions(self.action_space, rng, size))
-            block, ended = self.env.collect(lambda obs: next(actions), count)
-        else:
-            noise = iter(rng.standard_normal((size, self.spec.action_size), np.float32))
-            block, ended = self.env.collect(lambda obs: policy(obs, next(noise)), count)
+        draws = self._exploration_draws(step)
+        act = self._random(draws) if policy is None else self._exploring(policy, draws)
+        try:
+            block, ended = self.env.collect(act, num_steps)
+        except BrokenOffError as broken:
+            broken.block = self._taken(policy, broken.block, broken.ended)
+            raise
+        return self._taken(policy, block, ended)
+
+    def _taken(self, policy: Policy | None, block: Transition, ended: list[Episode]) -> Transition:
+        """The block as it is learned from, once it is taken note of."""
         if self.config.targets.reads_segments:
             block = block._replace(log_density=self._log_density(policy, block))  # pyright: ignore[reportArgumentType]
         self.recent.extend(ended)
-        return jax.tree.map(
-            lambda x: np.concatenate([x, np.zeros_like(x[:1]).repeat(size - count, 0)]), block
-        )
+        self.watch.see(block)
+        missing = self.config.train.block_steps - len(block.obs)
+        return jax.tree.map(lambda x: np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]), block)
+
+    # Draws come a block at a time. One is enough, but for steps that an environment failed at.
+
+    def _random(self, rng: np.random.Generator) -> HostPolicy:
+        size = self.config.train.block_steps
+        blocks = (host.random_actions(self.action_space, rng, size) for _ in count())
+        actions = chain.from_iterable(blocks)
+        return lambda obs: next(actions)
+
+    def _exploring(self, policy: Policy, rng: np.random.Generator) -> HostPolicy:
+        shape = (self.config.train.block_steps, self.spec.action_size)
+        noise = chain.from_iterable(rng.standard_normal(shape, np.float32) for _ in count())
+        return lambda obs: policy(obs, next(noise))
 
     def _exploration_draws(self, step: int) -> np.random.Generator:
         return np.random.default_rng([EXPLORATION_STREAM, self.config.seed, step])
@@ -162,12 +195,20 @@ class Run:
 
     def evaluate(self, policy: Policy, step: int, episodes: int | None = None) -> Evaluation:
         """Return and length of episodes under the deterministic policy, in environments of their own."""
+        wanted, settings = episodes or self.config.evaluate.episodes, self.config.env
         if self.device is not None:
-            count = episodes or self.config.evaluate.episodes
-            return Evaluation(*self.device.evaluate(policy, step, count, LONGEST_EPISODE))
-        while len(self._eval_envs) < (wanted := episodes or self.config.evaluate.episodes):
-            self._eval_envs.append(self.another_env())
-        return evaluate(self._eval_envs[:wanted], policy, seed=self.config.seed, step=step)
+            return Evaluation(*self.device.evaluate(policy, step, wanted, LONGEST_EPISODE))
+        if self._eval_env is not None:
+            settings = EnvConfig()  # an instance is stepped here
+        # A process holds one environment: evaluation keeps a single one, whose episodes follow one another.
+        while len(self._eval_envs) < (1 if settings.is_apart else wanted):
+            self._eval_envs.append(_stepped(settings, self.another_env(), self.spec.obs_size))
+        return evaluate(
+            self._eval_envs[:wanted],
+            policy,
+            self.action_space,
+            **{"episodes": wanted, "seed": self.config.seed, "step": step, "restarts": self.restarts},
+        )
 
     def another_env(self) -> gym.Env:
         """An environment of the same task, for evaluation."""
@@ -193,12 +234,19 @@ class Run:
     def note(self, numbers: Mapping[str, float], step: int, fits: int) -> None:
         """What learning up to `step` said. A block that fits nothing says nothing of fits: the last fit's
         word stands."""
-        if not np.isfinite(numbers["train/critic_loss"]):
-            raise UserError(f"training diverged: the critic's loss is not finite at step {step}")
+        if what := divergence.not_finite(numbers, fits):
+            raise self.diverged(f"{what} is not finite", step)
         said = {k: x for k, x in numbers.items() if fits or np.isfinite(x) or not k.startswith("model/")}
         said["train/n_updates"] = float(schedule.updates_due(self.config, step))
         said["mve/horizon"] = float(self.config.targets.imagined_steps)
         self.metrics |= said
+        if exploding := self.watch.exploding(numbers, self.config, self.spec.action_size):
+            warnings.warn(f"{exploding} (step {step})", RuntimeWarning, stacklevel=2)
+
+    def diverged(self, what: str, step: int) -> DivergedError:
+        """To be raised: what is wrong, and below it what led there."""
+        first = f"training diverged: seed {self.config.seed}, {what} at step {step}"
+        return DivergedError("\n".join([first, *self.watch.diagnosis(what, self.metrics)]))
 
     def line(self, step: int) -> dict[str, float]:
         """What a record of metrics.jsonl says, but for evaluations."""
@@ -206,32 +254,52 @@ class Run:
         if self.recent:
             line["rollout/ep_rew_mean"] = float(np.mean([e.ret for e in self.recent]))
             line["rollout/ep_len_mean"] = float(np.mean([e.length for e in self.recent]))
+        if self.restarts.allowed:
+            line["env/restarts"] = float(self.restarts.used)
         return line | self.metrics
 
     def write_facts(self, folder: Path) -> None:
         """What this run is, into a folder."""
         folders.describe(folder, self.config, self.spec.name, self.user_functions)
 
-    def save(self, folder: Path, progress: Progress) -> None:
-        """A checkpoint of this run, whose progress is given, into a folder."""
-        env = self.device or self.env
+    @property
+    def identity(self) -> Json:
+        """What checkpoints of this run, and of no other beside it, say of it."""
+        return {"env": self.config.env.id, "algo": self.config.algo, "seed": self.config.seed}
+
+    def freeze(self, progress: Progress, ring: Ring, shelf: Shelf) -> Frozen:
+        """A checkpoint of this run to be written, given its progress without the replay's rows, and these."""
+        step = int(progress.state.num_env_steps)
         facts = {
-            "next_episode": env.next_episode,
+            "run": self.identity,
+            "evaluation": self.judged if self.judged and self.judged["step"] == step else None,
+            "next_episode": (self.device or self.env).next_episode,
             "seconds": self.seconds,
             "recent": [list(episode) for episode in self.recent],
             "metrics": {name: x for name, x in self.metrics.items() if np.isfinite(x)},
+            "restarts": self.restarts.used,
+            "seen": self.watch.facts(),
         }
-        folders.save(folder, progress, env.snapshot(), facts)
+        return folders.freeze(progress, (self.device or self.env).snapshot(), facts, ring, shelf)
 
     def stands_at(self, env: Snapshot | None, facts: Json) -> None:
         """Go on from a checkpoint: within its episode, or in the next where `env` could not be had."""
         acted_in = self.device or self.env
-        if env is None:
+        if env is None or not self._restored(env):
             acted_in.num_steps, acted_in.num_episodes = facts["num_env_steps"], facts["next_episode"]
-        else:
-            acted_in.restore(env)
-        self.seconds, self.metrics = facts["seconds"], facts["metrics"]
+        self.seconds, self.metrics, self.judged = facts["seconds"], facts["metrics"], facts["evaluation"]
+        self.restarts.used = facts.get("restarts", 0)
+        self.watch.restore(facts.get("seen") or {})
         self.recent.extend(Episode(*episode) for episode in facts["recent"])
+
+    def _restored(self, env: Snapshot) -> bool:
+        """Put the environment into the state saved, which another version of MuJoCo, say, cannot take."""
+        try:
+            (self.device or self.env).restore(env)
+        except UserError as error:
+            warnings.warn(f"{error}; its episode is begun anew", stacklevel=2)
+            return False
+        return True
 
     def keep_what_can_be_kept(self) -> str | None:
         """Before a checkpoint: where the environment's state cannot be in it, give the episode up here as a
@@ -245,6 +313,13 @@ class Run:
 def _interval(imagination: ImaginationConfig) -> str:
     updates = imagination.interval_updates
     return f"{updates} updates" if updates else f"{imagination.interval_steps} steps"
+
+
+def _stepped(settings: EnvConfig, env: gym.Env, obs_size: int) -> Stepped:
+    """What steps the environment, which is `env` but for one in a process of its own."""
+    if settings.is_apart:
+        return Worker(settings, obs_size)
+    return Here(env, obs_size, partial(host.make, settings) if settings.id else None)
 
 
 def _known(settings: DynamicsConfig, spec: EnvSpec, name: str) -> Known:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import gymnasium as gym
 import jax
 
-from mve import folders
+from mve import checkpoint, folders, lock, room
 from mve.envs import host
 from mve.envs.native import NativeTask
 from mve.learner import Learner, go_on
@@ -53,9 +55,10 @@ def create(
     seeds = list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds {seeds}: at least one is needed, and each only once")
-    learners = [Learner(_copied(env), algo, seed=seed, **given) for seed in seeds]
+    first = Learner(_copied(env), algo, seed=seeds[0], **given)
+    first.room = room.check(first.run, Path(run_dir or "runs"), len(seeds))
+    learners = [first, *(Learner(_copied(env), algo, seed=seed, **given) for seed in seeds[1:])]
     if run_dir is None:
-        first = learners[0]
         run_dir = folders.free(folders.default(first.spec.name, first.config.algo) / f"seeds-{_name(seeds)}")
     folders.refuse_taken(Path(run_dir))
     for learner in learners:
@@ -66,10 +69,35 @@ def create(
 
 def load(run_dir: Path | str, env: gym.Env | NativeTask | None = None, **given: Any) -> list[Learner]:
     """The learners of a folder of seeds; `given` is what `Learner.load` takes beside the folder."""
-    learners = [Learner.load(folder, _copied(env), **given) for folder in folders.seeds_of(Path(run_dir))]
-    if not learners:
+    places = folders.seeds_of(Path(run_dir))
+    if not places:
         raise UserError(f"{run_dir} is not a folder of seeds: it has no seed-*/config.json")
-    return learners
+    if absent := [path for path in Path(run_dir).glob("seed-*") if path.is_dir() and path not in places]:
+        names = ", ".join(sorted(path.name for path in absent))
+        raise UserError(f"{run_dir} was stopped before {names} had begun; remove it and train again")
+    if any(folders.newest(folder) is None for folder in places):
+        given = {**given, "which": 0}  # killed before all had their first checkpoint
+    learners = [Learner.load(folder, _copied(env), **given) for folder in places]
+    earliest = min(learners, key=lambda learner: learner.num_timesteps)
+    return [_beside(earliest, learner, env, given) for learner in learners]
+
+
+def _beside(
+    earliest: Learner, learner: Learner, env: gym.Env | NativeTask | None, given: dict[str, Any]
+) -> Learner:
+    """The same run at the step of the earliest, if it has a checkpoint there and was not trained on alone.
+
+    A kill in the middle of a save leaves some seeds one checkpoint ahead.
+    """
+    folder, step = learner.folder, earliest.num_timesteps
+    alike = replace(learner.config, seed=0) == replace(earliest.config, seed=0)
+    kept = checkpoint.steps(folders.checkpoints(folder))
+    if learner.num_timesteps == step or not alike or step not in kept:
+        return learner
+    warnings.warn(
+        f"{folder} goes back from step {learner.num_timesteps} to {step}, as others do", stacklevel=3
+    )
+    return Learner.load(folder, _copied(env), which=step, **given)
 
 
 def learn_together(learners: list[Learner], total_timesteps: int | None = None) -> list[Learner]:
@@ -82,10 +110,16 @@ def learn_together(learners: list[Learner], total_timesteps: int | None = None) 
     if any(replace(each.config, seed=0) != replace(learners[0].config, seed=0) for each in learners):
         raise UserError(f"{folder}: its runs differ in more than the seed; resume each alone")
     for learner in learners:
-        learner.prepare(total_timesteps)
-    if not learners[0].quiet:
-        print(f"{learners[0].describe()}; {_described(learners)}", file=sys.stderr)
-    go_on(learners, folder)
+        learner.set_budget(total_timesteps)
+    with ExitStack() as locks:
+        for learner in learners:
+            locks.enter_context(lock.held(learner.folder))
+        for learner in learners:
+            learner.prepare()
+        if not learners[0].quiet:
+            told = f"{learners[0].describe()}; {_described(learners)}"
+            print(told, learners[0].room, sep="\n", file=sys.stderr)
+        go_on(learners, folder)
     return learners
 
 

@@ -12,7 +12,7 @@ Actions are scaled to [-1, 1], and the choice among A discrete ones is a one-hot
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -125,7 +125,21 @@ class Known(NamedTuple):
 
 
 class UserError(Exception):
-    """A mistake the user can mend: shown as one line, exit code 2, never a traceback."""
+    """A mistake the user can mend: shown as one line, never a traceback."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class DivergedError(UserError):
+    """Training gave what is not finite. The first line says what and where, the others what led to it."""
+
+    exit_code = 3
+
+
+class FaultError(UserError):
+    """An environment failed and was not to be begun anew, or not once more."""
+
+    exit_code = 4
 
 
 # Ranges of settings, checked when a configuration is read.
@@ -139,4 +153,5 @@ if TYPE_CHECKING:
     Discount: TypeAlias = float  # "episode" is replaced by a number before anything computes with it
 else:
     Discount = Unit | Literal["episode"]
+Seconds = Annotated[float, Meta(gt=0, le=1e6)]
 Json: TypeAlias = dict[str, Any]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from mve.types import Json, Known, Transition
+from mve.types import Count, Json, Known, Seconds, Transition
 
 # obs (S,) -> action (A,): in [-1, 1], or one-hot where the choice is among A
 HostPolicy: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -24,6 +24,21 @@ class EnvConfig:
     """Keyword arguments of gymnasium.make."""
     truncation_is_terminal: bool = False
     """Treat a time limit as the end of all reward, as the MVE paper's code did; False keeps the bootstrap."""
+    on_fault: Literal["stop", "restart"] = "stop"
+    """Where the environment raises, hangs, dies or returns nonsense. stop: save what was before it and end
+    the run. restart: make the environment anew and begin another episode."""
+    max_restarts: Count = 10
+    """Restarts of a whole run, evaluations included, after which a fault stops it all the same."""
+    timeout: Seconds | None = None
+    """Seconds that a reset or a step may take, in a process of its own, which it is then given. None: any."""
+    own_process: bool = False
+    """Step the environment in a process of its own, so that its crash is not the run's. By id only; about
+    0.1 ms a step and 250 MB."""
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether it is stepped in a process of its own."""
+        return self.own_process or self.timeout is not None
 
 
 class EnvSpec(NamedTuple):

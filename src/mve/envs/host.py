@@ -15,11 +15,11 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 
 from mve.envs import control_suite, native
-from mve.envs import snapshot as snapshots
 from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
 from mve.envs.known import known_functions, name_of
 from mve.envs.portable import described
-from mve.types import Known, RewardFn, TerminationFn, Transition, UserError
+from mve.envs.stepped import Fault, Here, Restarts, Stepped
+from mve.types import FaultError, Known, RewardFn, TerminationFn, Transition, UserError
 
 ActionSpace: TypeAlias = Box | Discrete
 
@@ -125,12 +125,23 @@ def native_on_device(space: ActionSpace) -> Callable[[jax.Array], jax.Array]:
     return native
 
 
+class BrokenOffError(FaultError):
+    """A block that a fault ended before it was whole."""
+
+    def __init__(self, message: str, block: Transition, ended: list[Episode]):
+        super().__init__(message)
+        self.block, self.ended = block, ended  # as `collect` would have returned them
+
+
 class HostEnv:
     """One Gymnasium environment, stepped on the host.
 
     The agent's actions in [-1, 1] are stretched over the action box, whatever its limits; one-hot ones are
     turned into the environment's numbers. Every episode is reset with a seed of its own, a function of the
     run's seed and the episode's number: an episode is then the same whatever came before it.
+
+    An episode that a fault ends is cut short like one that a time limit ends: its rows stay, the last one
+    with its bootstrap. `stepped` makes what is stepped, for observations of a size, if that is not `env`.
     """
 
     def __init__(
@@ -141,16 +152,21 @@ class HostEnv:
         truncation_is_terminal: bool = False,
         reward_fn: RewardFn | None = None,
         termination_fn: TerminationFn | None = None,
+        stepped: Callable[[int], Stepped] | None = None,
+        restarts: Restarts | None = None,
     ):
         name = name_of(env)
         obs_space, action_space = _check_spaces(env, name)
-        self._env = env
+        size = obs_space.shape[0]
+        self._stepped = stepped(size) if stepped else Here(env, size)
+        self._restarts = restarts or Restarts(EnvConfig(), name)
         self._action_space = action_space
         self._seed = seed
         self._truncation_is_terminal = truncation_is_terminal
         self._obs: np.ndarray | None = None
         self._return, self._length = 0.0, 0
         self._begun = False  # reset at least once
+        self._lost = False  # its state is not the one that belongs to the counters
         self.num_episodes = 0
         self.num_steps = 0
         limit = env.spec.max_episode_steps if env.spec is not None else None
@@ -177,49 +193,69 @@ class HostEnv:
 
     def _reset(self) -> np.ndarray:
         seed = episode_seed(EPISODE_STREAM, self._seed, self.num_episodes)
-        obs, _ = self._env.reset(seed=seed)
-        self._begun = True
+        obs = self._stepped.reset(seed)
+        self._begun, self._lost = True, False
         self._return, self._length = 0.0, 0
-        return self._checked(obs)
-
-    def _checked(self, obs: Any) -> np.ndarray:
-        obs = np.asarray(obs, np.float32)
-        if obs.shape != (self.spec.obs_size,):
-            fault = f"has shape {obs.shape}, not ({self.spec.obs_size},)"
-        elif not np.isfinite(obs).all():
-            fault = f"is not finite: {_one_line(obs)}"
-        else:
-            return obs
-        raise UserError(f"{self.spec.name}: the observation after step {self.num_steps} {fault}")
+        return obs
 
     def collect(self, policy: HostPolicy, num_steps: int) -> tuple[Transition, list[Episode]]:
         """The next `num_steps` real steps as a batch (T, ...), and the episodes that ended within.
 
         `continuation` is made here, once: 1 - terminated; a time limit leaves it at 1 unless the
-        environment was told otherwise. `next_obs` is what the step returned, never a reset.
+        environment was told otherwise. `next_obs` is what the step returned, never a reset. Raises
+        BrokenOffError, with the rows so far, for a fault after which the environment is not begun anew.
         """
-        rows, ended = [], []
-        for _ in range(num_steps):
-            obs = self._reset() if self._obs is None else self._obs
-            action = np.asarray(policy(obs), np.float32)
-            next_obs, reward, terminated, truncated, _ = self._env.step(
-                native_action(self._action_space, action)
-            )
-            self.num_steps += 1
-            next_obs, reward = self._checked(next_obs), float(reward)
-            if not np.isfinite(reward):
-                raise UserError(f"{self.spec.name}: reward of step {self.num_steps} is {reward}")
-            over = terminated or (truncated and self._truncation_is_terminal)
-            rows.append((obs, action, reward, next_obs, 1.0 - over, self.num_episodes, self.num_steps, 0.0))
-            self._return, self._length = self._return + reward, self._length + 1
-            self._obs = next_obs
-            if terminated or truncated:
-                ended.append(Episode(self._return, self._length))
-                self._obs = None
-                self.num_episodes += 1
-        columns = zip(*rows, strict=True)
+        rows: list[tuple[Any, ...]] = []
+        ended: list[Episode] = []
+        while len(rows) < num_steps:
+            try:
+                rows.append(self._row(policy, ended))
+            except Fault as fault:
+                told = f"at {self._place()}, {fault}"
+                self.lose()
+                if not self._restarts.allow(told):
+                    block = self._block(rows)
+                    raise BrokenOffError(self._restarts.in_vain(told), block, ended) from fault
+        return self._block(rows), ended
+
+    def _row(self, policy: HostPolicy, ended: list[Episode]) -> tuple[Any, ...]:
+        if self._obs is None:
+            self._obs = self._reset()
+        obs, episode = self._obs, self.num_episodes
+        action = np.asarray(policy(obs), np.float32)
+        native = native_action(self._action_space, action)
+        next_obs, reward, terminated, truncated = self._stepped.step(native)
+        self.num_steps += 1
+        over = terminated or (truncated and self._truncation_is_terminal)
+        self._return, self._length = self._return + reward, self._length + 1
+        self._obs = next_obs
+        if terminated or truncated:
+            ended.append(Episode(self._return, self._length))
+            self._obs = None
+            self.num_episodes += 1
+        return obs, action, reward, next_obs, 1.0 - over, episode, self.num_steps, 0.0
+
+    def _block(self, rows: list[tuple[Any, ...]]) -> Transition:
+        sizes = (self.spec.obs_size, self.spec.action_size)
+        shapes = ((sizes[0],), (sizes[1],), (), (sizes[0],), (), (), (), ())
         dtypes = (np.float32,) * 5 + (np.int32,) * 2 + (np.float32,)
-        return Transition(*(np.array(c, d) for c, d in zip(columns, dtypes, strict=True))), ended  # pyright: ignore[reportArgumentType]
+        columns = zip(*rows, strict=True) if rows else [()] * len(shapes)
+        parts = zip(columns, shapes, dtypes, strict=True)
+        return Transition(*(np.array(c, d).reshape(-1, *shape) for c, shape, d in parts))  # pyright: ignore[reportArgumentType]
+
+    def _place(self) -> str:
+        """Where a fault is: steps are counted from 1, episodes from 0, as in the replay."""
+        if self._obs is None:
+            return f"the reset of episode {self.num_episodes}, after step {self.num_steps}"
+        return f"step {self.num_steps + 1}, step {self._length + 1} of episode {self.num_episodes}"
+
+    def lose(self, num_steps: int | None = None) -> None:
+        """Give up the environment's state: what follows, after so many steps, is another episode.
+
+        Other than by `abandon`, one that was not begun is passed over too: its reset may be at fault.
+        """
+        self.num_episodes, self._obs, self._lost = self.num_episodes + 1, None, True
+        self.num_steps = self.num_steps if num_steps is None else num_steps
 
     @property
     def next_episode(self) -> int:
@@ -233,14 +269,22 @@ class HostEnv:
     @property
     def snapshot_obstacle(self) -> str | None:
         """Why there is no snapshot; None if there is one."""
-        return snapshots.obstacle(self._env) if self._begun else None
+        if self._lost:
+            return "it failed"
+        try:
+            return self._stepped.obstacle() if self._begun else None
+        except Fault as fault:
+            self.lose()
+            return str(fault)
 
     def snapshot(self) -> Snapshot | None:
         """The environment's state, the observation to act on, and the counters; None if not to be had.
 
         Before its first reset an environment has no state, and the counters are all there is.
         """
-        taken = snapshots.take(self._env) if self._begun else Snapshot({}, {"arrays": {}})
+        if self._lost:
+            return None
+        taken = self._stepped.take() if self._begun else Snapshot({}, {"arrays": {}})
         if taken is None:
             return None
         arrays, facts = taken
@@ -263,7 +307,10 @@ class HostEnv:
                 f"{self.spec.name}: the state saved does not fit: {fault}; use another checkpoint"
             )
         if counters["begun"]:
-            snapshots.restore(self._env, snapshot)
+            try:
+                self._stepped.restore(snapshot)
+            except Fault as fault:
+                raise FaultError(f"{self.spec.name}: when its state was put back, {fault}") from fault
         _, self._begun, going, self.num_steps, self.num_episodes, self._length, self._return = (
             counters[name] for name in COUNTERS
         )
@@ -282,4 +329,4 @@ class HostEnv:
         return None if found == wanted else f"its observation is {found}, not {wanted}"
 
     def close(self) -> None:
-        self._env.close()
+        self._stepped.close()
