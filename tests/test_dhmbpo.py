@@ -20,6 +20,7 @@ from mve.dynamics import DynamicsConfig
 from mve.imagine import ImaginationConfig
 from mve.networks import MLP, standardise
 from mve.presets import PRESETS
+from mve.program import Together
 from mve.state import Capacity, Recipe, TrainState, initial_state
 from mve.targets import TargetsConfig
 from mve.train import Due
@@ -357,6 +358,23 @@ def test_rounds_critic_updates_and_resets_come_with_the_updates() -> None:
     inner = state.agent.inner  # pyright: ignore
     assert int(inner.critic_opt[0].count) == 5
     assert int(inner.actor_opt[0].count) == 0
+
+
+@pytest.mark.slow
+def test_seeds_side_by_side_have_their_rounds_and_critic_updates_as_alone() -> None:
+    ours, block = recipe(critic_updates=5, reset_optimisers=True), real_block()
+    together = Together(ours, 2)
+    stacked = together.joined(
+        [initial_state(ours, Capacity(100, ours.imagination.capacity), s) for s in (0, 1)]
+    )
+    alone = initial_state(ours, Capacity(100, ours.imagination.capacity), 1)
+    due = Due.of(rows=20, fits=1, refits=1, updates=6)
+    stacked, _ = together.learn(stacked, [block, block], due)
+    alone, _ = train.learn(alone, block, due, ours)
+    mine = together.part(stacked, 1)
+    assert int(mine.imagined.size) == int(alone.imagined.size) > 0  # pyright: ignore
+    for a, b in zip(jax.tree.leaves(mine.agent), jax.tree.leaves(alone.agent), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_refits_are_counted_from_when_the_agent_learns() -> None:
