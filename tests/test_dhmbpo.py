@@ -20,6 +20,7 @@ from mve.dynamics import DynamicsConfig
 from mve.imagine import ImaginationConfig
 from mve.networks import MLP, standardise
 from mve.presets import PRESETS
+from mve.program import Together
 from mve.state import Capacity, Recipe, TrainState, initial_state
 from mve.targets import TargetsConfig
 from mve.train import Due
@@ -27,6 +28,10 @@ from mve.types import CriticTargets, Known, Transition, UserError
 
 OBS, ACTION, ROWS, STARTS, LENGTH = 3, 2, 8, 4, 3
 NAMES = sorted(AGENTS)
+# One with an actor and one without are tried every time, the others where time allows.
+MOST_DIFFERENT = [
+    name if name in ("sac", "dqn") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
+]
 
 
 def fresh(name: str, **settings: object) -> Agent:
@@ -48,6 +53,11 @@ def some_targets(agent: Agent | None = None) -> CriticTargets:
 
 def the_value(policy: Any, value: Any, obs: jax.Array, key: jax.Array) -> Any:
     return value(obs, key)
+
+
+@jax.jit
+def updated(agent: Agent, rows: CriticTargets) -> Agent:
+    return agent.update(rows, rows.obs, the_value, jax.random.key(0))[0]
 
 
 def same(a: object, b: object) -> bool:
@@ -139,7 +149,7 @@ def test_the_statistics_are_those_of_all_real_states() -> None:
     np.testing.assert_allclose(std, np.std(some_targets().obs, axis=0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST_DIFFERENT)
 def test_an_agent_that_normalises_is_the_plain_one_on_normalised_observations(name: str) -> None:
     agent = seen(name)
     inner: Agent = agent.inner  # pyright: ignore[reportAttributeAccessIssue]
@@ -162,15 +172,14 @@ def test_an_agent_that_normalises_is_the_plain_one_on_normalised_observations(na
     np.testing.assert_allclose(on_host, inner.policy()(z, jnp.asarray(noise)), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST_DIFFERENT)
 def test_its_update_is_the_plain_ones_on_normalised_observations(name: str) -> None:
     agent = seen(name)
     inner: Agent = agent.inner  # pyright: ignore[reportAttributeAccessIssue]
     rows = some_targets(agent)
     mean, std = moments(agent)
     z = rows._replace(obs=(rows.obs - mean[None]) / std[None])
-    update = jax.jit(lambda agent, rows: agent.update(rows, rows.obs, the_value, jax.random.key(4))[0])
-    got, wanted = update(agent, rows).inner, update(inner, z)
+    got, wanted = updated(agent, rows).inner, updated(inner, z)  # pyright: ignore
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -178,7 +187,7 @@ def test_its_update_is_the_plain_ones_on_normalised_observations(name: str) -> N
 # --- Updates of the critics alone, optimisers begun anew ---
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST_DIFFERENT)
 def test_an_update_without_an_objective_moves_critics_and_slow_critics_alone(name: str) -> None:
     agent = fresh(name)
     rows = some_targets(agent)
@@ -187,16 +196,16 @@ def test_an_update_without_an_objective_moves_critics_and_slow_critics_alone(nam
     assert not same(after.target_critic, agent.target_critic)  # pyright: ignore
     for part in ("actor", "target_actor", "actor_opt", "log_temperature"):
         assert same(getattr(after, part, None), getattr(agent, part, None))
-    both, _ = jax.jit(lambda agent: agent.update(rows, rows.obs, the_value, jax.random.key(0)))(agent)
+    both = updated(agent, rows)
     for a, b in zip(jax.tree.leaves(after.critic), jax.tree.leaves(both.critic), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST_DIFFERENT)
 def test_new_optimisers_are_those_of_a_new_agent(name: str) -> None:
     agent = fresh(name, normalize_obs=name == "sac")
     rows = some_targets(agent)
-    moved = agent.update(rows, rows.obs, the_value, jax.random.key(0))[0].with_new_optimisers()
+    moved = updated(agent, rows).with_new_optimisers()
     moved, agent = getattr(moved, "inner", moved), getattr(agent, "inner", agent)
     assert not same(moved.critic, agent.critic)  # pyright: ignore
     assert same(moved.critic_opt, agent.critic_opt)  # pyright: ignore
@@ -349,6 +358,23 @@ def test_rounds_critic_updates_and_resets_come_with_the_updates() -> None:
     inner = state.agent.inner  # pyright: ignore
     assert int(inner.critic_opt[0].count) == 5
     assert int(inner.actor_opt[0].count) == 0
+
+
+@pytest.mark.slow
+def test_seeds_side_by_side_have_their_rounds_and_critic_updates_as_alone() -> None:
+    ours, block = recipe(critic_updates=5, reset_optimisers=True), real_block()
+    together = Together(ours, 2)
+    stacked = together.joined(
+        [initial_state(ours, Capacity(100, ours.imagination.capacity), s) for s in (0, 1)]
+    )
+    alone = initial_state(ours, Capacity(100, ours.imagination.capacity), 1)
+    due = Due.of(rows=20, fits=1, refits=1, updates=6)
+    stacked, _ = together.learn(stacked, [block, block], due)
+    alone, _ = train.learn(alone, block, due, ours)
+    mine = together.part(stacked, 1)
+    assert int(mine.imagined.size) == int(alone.imagined.size) > 0  # pyright: ignore
+    for a, b in zip(jax.tree.leaves(mine.agent), jax.tree.leaves(alone.agent), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_refits_are_counted_from_when_the_agent_learns() -> None:

@@ -24,6 +24,10 @@ SMALL = (
     *("dynamics.initial_fits=10", "dynamics.fits_per_step=0.2", "evaluate.episodes=1"),
     *(f"train.checkpoint_interval={INTERVAL}", "evaluate.interval_steps=150", f"train.total_steps={STEPS}"),
 )
+SMALL_DHMBPO = (
+    *("imagination.starts=16", "imagination.rounds_kept=2", "dynamics.interval_steps=50"),
+    *("train.initial_updates=7", "agent.critic_updates=5", "dynamics.weight_decay_by_layer=[0.5,1]"),
+)
 WALL_CLOCK = {"time/time_elapsed", "time/fps"}
 
 
@@ -105,7 +109,7 @@ def test_a_killed_run_resumes_within_its_episode_to_the_same_end(
 def test_every_kind_of_state_resumes_exactly(
     task: str, algo: str, tmp_path: Path, kill_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_buffer = ("imagination.starts=16", "imagination.rounds_kept=2") if algo == "dhmbpo" else ()
+    small_buffer = SMALL_DHMBPO if algo == "dhmbpo" else ()
     algo = "mve-dqn" if task == "CartPole-v1" else algo
     settings = () if algo == "mve-dqn" else small_buffer
     assert_the_same_run(*straight_and_killed(lambda: task, algo, settings, tmp_path, kill_after, monkeypatch))
