@@ -377,7 +377,8 @@ def test_an_environment_that_fails_is_one_line_and_a_code_of_its_own(
 ) -> None:
     (tmp_path / "failing_env.py").write_text(FAILING)
     monkeypatch.syspath_prepend(tmp_path)
-    assert main(["train", "failing_env:Failing-v0", "--run-dir", str(tmp_path / "run"), "--quiet"]) == 4
+    argv = ["train", "failing_env:Failing-v0", "--algo", "sac", "--run-dir", str(tmp_path / "run"), "--quiet"]
+    assert main([*argv, "--set", "agent.hidden=[16]", "train.total_steps=2000"]) == 4
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith(
         "mve: Failing-v0, seed 0: at step 1, step 1 of episode 0, it raised OSError: the"
