@@ -64,7 +64,7 @@ class Appender:
             if written == len(self._waiting):
                 self._waiting = b""
                 return None
-            fault = "No space left on device"
+            fault = "no room is left"
         except OSError as error:
             fault = error.strerror or str(error)
         with contextlib.suppress(OSError):
