@@ -20,6 +20,7 @@ import pytest
 from test_checkpoint import assert_same, make_state, sign
 
 from mve import Learner, checkpoint, loop
+from mve.frozen import Frozen, freeze
 from mve.log import Appender, RunLog
 from mve.types import UserError
 from mve.writer import Writer
@@ -27,8 +28,8 @@ from mve.writer import Writer
 LIMIT = 40_000  # bytes of a file
 
 
-def frozen(step: int, size: int = 1) -> checkpoint.Frozen:
-    return checkpoint.freeze(
+def frozen(step: int, size: int = 1) -> Frozen:
+    return freeze(
         {"state": make_state(step), "more": np.zeros(size)}, {"num_env_steps": step, "evaluation": None}
     )
 
@@ -63,7 +64,7 @@ def test_training_goes_on_while_one_is_written_and_waits_for_it_before_the_next(
 
 def test_what_is_frozen_is_not_what_training_does_to_the_state_afterwards(tmp_path: Path) -> None:
     state = {"state": make_state(1), "more": np.zeros(1)}
-    kept = checkpoint.freeze(state, {"num_env_steps": 1})
+    kept = freeze(state, {"num_env_steps": 1})
     state["more"] += 1
     state["state"].host[:] = -1
     state["state"].count.delete()  # as donation does
@@ -123,7 +124,7 @@ def test_where_another_error_ends_the_run_it_is_a_warning(tmp_path: Path) -> Non
 
 
 def test_a_defect_in_the_thread_is_raised_at_the_next_save(tmp_path: Path) -> None:
-    broken = checkpoint.Frozen({"num_env_steps": 1}, {"x": np.array(["text"])}, {})
+    broken = Frozen({"num_env_steps": 1}, {"x": np.array(["text"])}, {})
     with Writer() as writer:
         writer.start({tmp_path: broken})
         with pytest.raises(TypeError, match="x has dtype"):

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from mve import config, folders, schedule
-from mve.checkpoint import Frozen
 from mve.config import Config
 from mve.dynamics import DynamicsConfig
 from mve.envs import host, oracle
@@ -25,6 +24,7 @@ from mve.envs.base import EnvSpec, Episode, Snapshot
 from mve.envs.host import HostEnv
 from mve.envs.known import never
 from mve.evaluate import Evaluation, evaluate
+from mve.frozen import Frozen
 from mve.policies import Policy
 from mve.segments import Ring, Shelf
 from mve.state import Capacity, Progress, Recipe

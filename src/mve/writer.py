@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mve import checkpoint
-from mve.checkpoint import Frozen
+from mve.frozen import Frozen
 from mve.types import UserError
 
 
