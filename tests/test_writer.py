@@ -112,7 +112,7 @@ def test_at_the_end_of_a_run_it_is_an_error_that_says_what_is_lost(tmp_path: Pat
         save_in(tmp_path, 3, lambda writer: None)
 
 
-@pytest.mark.filterwarnings("always")
+@pytest.mark.filterwarnings("ignore")
 def test_a_failure_that_was_said_is_still_an_error_at_the_end(tmp_path: Path) -> None:
     with small_files(), pytest.raises(UserError, match="checkpoint is missing"):
         save_in(tmp_path, 3, Writer.wait)
