@@ -238,6 +238,8 @@ def test_eval_prints_the_same_numbers_in_words_and_as_json(
     ]
     assert (facts["env"], facts["step"], facts["lengths"]) == ("Pendulum-v1", 320, [200] * 3)
     assert facts["mean_reward"] == pytest.approx(np.mean(facts["returns"]))
+    assert main(["eval", "run", "--episodes", "1", "--json", "--best"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 320
 
 
 def test_eval_changes_nothing_in_the_run_folder(run: Path) -> None:
