@@ -93,7 +93,7 @@ def killed_and_resumed(
             print("done early, with", moments)
             return moments
         assert process.returncode == -9
-        moments["before the first checkpoint" if newest(folder) == [None] else moment] += 1
+        moments[moment if any(newest(folder)) else "before the first checkpoint"] += 1
         print(
             moment,
             [path and path.name for path in newest(folder)],
