@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mve import checkpoint, files, manifest
+from mve.frozen import freeze
 from mve.types import UserError
 
 
@@ -250,7 +251,7 @@ def test_the_best_is_kept_beside_the_newest_two(tmp_path: Path) -> None:
 
 
 def test_several_are_written_all_or_none(tmp_path: Path) -> None:
-    frozen = {tmp_path / name: checkpoint.freeze(make_state(), {"num_env_steps": 10}) for name in "ab"}
+    frozen = {tmp_path / name: freeze(make_state(), {"num_env_steps": 10}) for name in "ab"}
     checkpoint.write(frozen)
     again = {folder: replace(each, facts={"num_env_steps": 20}) for folder, each in frozen.items()}
     again[tmp_path / "b"] = replace(again[tmp_path / "b"], tensors={"x": np.array(["text"])})

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mve import log
 from mve.cli import COMMANDS, main
 from mve.learner import Learner
 from mve.presets import PRESETS
+from mve.types import UserError
 
 # No function of the environment, so that a resumed run finds the compiled one; memory that never grows.
 TINY = [
@@ -232,6 +238,8 @@ def test_eval_prints_the_same_numbers_in_words_and_as_json(
     ]
     assert (facts["env"], facts["step"], facts["lengths"]) == ("Pendulum-v1", 320, [200] * 3)
     assert facts["mean_reward"] == pytest.approx(np.mean(facts["returns"]))
+    assert main(["eval", "run", "--episodes", "1", "--json", "--best"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 320
 
 
 def test_eval_changes_nothing_in_the_run_folder(run: Path) -> None:
@@ -298,20 +306,142 @@ def test_your_own_reward_function_is_used_and_asked_for_again(
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_saves_and_the_run_goes_on(
+    number: str,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     argv = [sys.executable, "-m", "mve", "train", "Pendulum-v1", "--run-dir", "run", "--steps", "100000"]
     training = subprocess.Popen([*argv, "--set", *TINY], stderr=subprocess.PIPE, text=True)
     assert training.stderr is not None
     training.stderr.readline()  # what the run is
+    training.stderr.readline()  # and needs
     training.stderr.readline()  # the first evaluation
     time.sleep(1)
-    training.send_signal(signal.SIGINT)
+    assert "is being written by process" in refused(capsys, "resume", "run")
+    training.send_signal(getattr(signal, number))
     _, err = training.communicate(timeout=60)
-    assert training.returncode == 130
+    assert training.returncode == code
     assert "Traceback" not in err
     assert "mve resume run" in err
     assert main(["resume", "run", "--steps", "20", "--quiet"]) == 0
+
+
+@pytest.mark.slow
+def test_several_seeds_train_and_resume_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "Pendulum-v1", "--run-dir", "run", "--steps", "200", "--seeds", "0..1"]
+    assert main([*argv, "--set", *TINY]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("evaluation   ")
+    assert "(2 seeds, " in out
+    assert "; 2 seeds" in err.splitlines()[0]
+    assert err.splitlines()[1].startswith("memory: ")
+    assert {path.name for path in Path("run").iterdir()} == {"seed-0", "seed-1", "curve.png"}
+    assert "already holds a run" in refused(capsys, *argv)
+    assert "has had all of its 200 steps" in refused(capsys, "resume", "run")
+    assert main(["resume", "run", "--steps", "40", "--quiet"]) == 0
+    for seed in ("seed-0", "seed-1"):
+        assert set(log.read_evaluations(Path("run") / seed)["step"]) == {160, 200, 240}
+    assert main(["resume", "run/seed-1", "--steps", "20", "--quiet"]) == 0
+    assert "stand at different steps" in refused(capsys, "resume", "run", "--steps", "20")
+
+
+# An environment that fails, and one run by two
+
+
+FAILING = """
+import gymnasium as gym, numpy as np
+from gymnasium.spaces import Box
+
+class Failing(gym.Env):
+    observation_space, action_space = Box(-1.0, 1.0, (2,)), Box(-1.0, 1.0, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        raise OSError("the robot does not answer")
+
+gym.register("Failing-v0", "failing_env:Failing")
+"""
+
+
+def test_an_environment_that_fails_is_one_line_and_a_code_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "failing_env.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = ["train", "failing_env:Failing-v0", "--algo", "sac", "--run-dir", str(tmp_path / "run"), "--quiet"]
+    assert main([*argv, "--set", "agent.hidden=[16]", "train.total_steps=2000"]) == 4
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(
+        "mve: Failing-v0, seed 0: at step 1, step 1 of episode 0, it raised OSError: the"
+    )
+    assert "Traceback" not in " ".join(said)
+
+
+# Whatever is typed
+
+WORDS = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(
+        [
+            *("train", "resume", "eval", "plot", "Pendulum-v1", "CartPole-v1", "--algo", "--seed", "--seeds"),
+            *("--steps", "--set", "--run-dir", "--reward", "--quiet", "--help", "0..3", "3..1", "-1", "1e9"),
+            *(
+                "nan",
+                "env.timeout=x",
+                "env.on_fault=never",
+                "train.total_steps=-1",
+                "agent.hidden=[0]",
+                "=",
+                "a.b=",
+            ),
+            *(
+                "targets.discount=2",
+                "env.kwargs={}",
+                'env.kwargs={"g": "x"}',
+                "mine.py:reward",
+                "\x00",
+                "[]",
+                "--",
+            ),
+        ]
+    ),
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(words=st.lists(WORDS, max_size=5), command=st.sampled_from([*COMMANDS, ""]))
+def test_whatever_is_typed_is_answered_in_one_line(words: list[str], command: str) -> None:
+    """Nothing is trained: what could be is stopped where it would begin."""
+    argv = [*([command] if command else []), *words]
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.chdir(folder)
+        patch.setattr("mve.cli._learn", lambda *_: 0)
+        patch.setattr("mve.cli._learn_together", lambda *_: 0)
+        for begins in ("check.check", "doctor.examine"):
+            patch.setattr(f"mve.{begins}", refuses)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(argv)
+        assert code in (0, 2)
+        if code == 2:
+            assert err.getvalue().startswith("mve: ")
+            assert err.getvalue().count("\n") == 1
+        assert os.listdir(folder) == []
+
+
+def refuses(*_: Any, **__: Any) -> Any:
+    raise UserError("not here")
 
 
 # Discrete actions

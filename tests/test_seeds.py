@@ -173,3 +173,12 @@ def test_two_devices_give_what_one_gives(trained: list[Learner], tmp_path: Path)
     for learner in trained:
         loaded = Learner.load(folder / learner.folder.name, Slide(), quiet=True)
         same(loaded.state.agent, learner.state.agent, rtol=1e-3, atol=1e-3)
+
+
+def test_seeds_that_had_not_all_begun_are_not_taken_for_all(tmp_path: Path) -> None:
+    """As a kill within the first milliseconds of a run may leave them."""
+    (tmp_path / "seed-0").mkdir()
+    (tmp_path / "seed-0" / "config.json").write_text("{}")
+    (tmp_path / "seed-1").mkdir()
+    with pytest.raises(UserError, match="was stopped before seed-1 had begun; remove it and train again"):
+        seeds.load(tmp_path)

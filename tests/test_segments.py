@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mve import checkpoint, segments
-from mve.checkpoint import Ringed
 from mve.files import DamagedError
+from mve.frozen import Ringed, freeze
 from mve.segments import Ring, Shelf
 from mve.types import UserError
 
@@ -41,7 +41,7 @@ class FakeRing:
         ring = Ring(self.arrays, self.total % self.capacity, min(self.total, self.capacity), self.read)
         rest = {"count": np.int64([self.total])}
         facts = {"num_env_steps": self.total}
-        frozen = checkpoint.freeze(rest, facts, Ringed(PREFIX, ring, self.shelf))
+        frozen = freeze(rest, facts, Ringed(PREFIX, ring, self.shelf))
         [path] = checkpoint.write({folder: frozen})
         return path
 

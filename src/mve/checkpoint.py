@@ -11,15 +11,15 @@ run, and the one whose evaluation was best.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,9 @@ from jaxtyping import PyTree
 
 from mve import files, manifest, segments
 from mve.files import DamagedError
+from mve.frozen import Frozen, freeze, is_key, named_leaves
 from mve.manifest import FACTS, FORMAT, REPLACED, TENSORS, Manifest, Rows, Tensor
-from mve.segments import Changed, Ring, Segment, Shelf
+from mve.segments import Segment
 from mve.types import Json, UserError
 
 KEPT = 2
@@ -37,55 +38,6 @@ WRITING = ".writing_"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Which: TypeAlias = Literal["newest", "best"] | int  # an integer: the newest of at most that step
-
-
-class Ringed(NamedTuple):
-    """A ring to be saved by segments, and where earlier checkpoints have put it."""
-
-    prefix: str
-    ring: Ring
-    shelf: Shelf
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """A state on the host as it was at some step, whatever becomes of it on the device."""
-
-    facts: Json
-    tensors: dict[str, np.ndarray]
-    described: dict[str, Tensor]
-    ringed: Ringed | None = None
-    changed: Changed = field(default_factory=lambda: Changed({}, {}))
-
-    @property
-    def step(self) -> int:
-        return int(self.facts["num_env_steps"])
-
-    @property
-    def nbytes(self) -> int:
-        """Of all that has to be written."""
-        arrays = [*self.tensors.values(), *(a for rows in self.changed.rows.values() for a in rows.values())]
-        return sum(array.nbytes for array in arrays)
-
-
-def freeze(state: PyTree, facts: Json, ringed: Ringed | None = None) -> Frozen:
-    """Copy a state to the host, and of a ring, whose rows are then not in `state`, what has changed.
-
-    Facts have to be finite numbers, text, lists and mappings.
-    """
-    tensors, described = {}, {}
-    for name, leaf in _named_leaves(state).items():
-        if not isinstance(leaf, (jax.Array, np.ndarray)):
-            raise TypeError(f"{name} is a {type(leaf).__name__}; only arrays can be saved")
-        impl = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
-        described[name] = Tensor(leaf.shape, str(leaf.dtype), impl)
-        tensors[name] = np.array(leaf if impl is None else jax.random.key_data(leaf), order="C")
-    if ringed is None:
-        return Frozen(facts, tensors, described)
-    for name, kind in ringed.ring.kinds.items():
-        described[f"{ringed.prefix}.{name}"] = Tensor(kind.shape, str(kind.dtype))
-    changed = ringed.shelf.changed(ringed.ring, int(facts["num_env_steps"]))
-    return Frozen(facts, tensors, described, ringed, changed)
 
 
 def save(folder: Path, state: PyTree, facts: Json) -> Path:
@@ -121,7 +73,8 @@ def write(frozen: Mapping[Path, Frozen]) -> list[Path]:
         except OSError as error:
             raise _refused(folder, each, error) from error
     for path in final:
-        _prune(path)
+        with contextlib.suppress(OSError):  # what should go and does not is no harm
+            _prune(path)
     return final
 
 
@@ -248,19 +201,6 @@ def load_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged ({error}); use another checkpoint") from error
 
 
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by dotted path, in the order of flattening."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator=".") or "state": leaf for path, leaf in paths}
-    if len(named) < len(paths):
-        raise ValueError("two leaves of the state have the same dotted name")
-    return named
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _tensors(said: Manifest, path: Path) -> dict[str, np.ndarray]:
     """All of them, checked against their description before any is used."""
     tensors = files.read_tensors(path / TENSORS, said.file)
@@ -297,7 +237,7 @@ def _zeros(tensor: Tensor) -> np.ndarray:
 
 def _fill(template: PyTree, said: Manifest, path: Path) -> PyTree:
     """The template's tree with the saved leaves; names, shapes and dtypes are compared before any is read."""
-    wanted, saved = _named_leaves(template), said.tensors
+    wanted, saved = named_leaves(template), said.tensors
     for name in [*wanted, *(name for name in saved if name not in wanted)]:
         asked = f"{wanted[name].dtype} {list(wanted[name].shape)}" if name in wanted else "nothing"
         found = f"{saved[name].dtype} {list(saved[name].shape)}" if name in saved else "nothing"
@@ -310,7 +250,7 @@ def _fill(template: PyTree, said: Manifest, path: Path) -> PyTree:
     for name, leaf in wanted.items():
         array = tensors.pop(name)
         try:
-            if _is_key(leaf):
+            if is_key(leaf):
                 restored = jax.random.wrap_key_data(jnp.array(array), impl=saved[name].key_impl)
             else:
                 # A copy: JAX on the CPU may otherwise share, and with donation overwrite, NumPy's memory.

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from mve import checkpoint, config, log
-from mve.checkpoint import Frozen, Ringed, Which
+from mve import checkpoint, config, frozen, log
+from mve.checkpoint import Which
 from mve.config import Config
 from mve.envs import snapshot
 from mve.envs.base import Snapshot
+from mve.frozen import Frozen, Ringed
 from mve.segments import Ring, Shelf
 from mve.state import Capacity, Progress, Recipe, TrainState, fresh_state
 from mve.train import exploration_policy
@@ -135,7 +136,7 @@ def freeze(progress: Progress, env: Snapshot | None, facts: Json, ring: Ring, sh
         "env": None if env is None else env.facts,
     }
     tree = _tree(progress) | {"env": {} if env is None else env.arrays}
-    return checkpoint.freeze(tree, described | facts, Ringed(REPLAY_ROWS, ring, shelf))
+    return frozen.freeze(tree, described | facts, Ringed(REPLAY_ROWS, ring, shelf))
 
 
 def restore(

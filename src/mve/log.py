@@ -66,7 +66,7 @@ class Appender:
             if written == len(self._waiting):
                 self._waiting = b""
                 return None
-            fault = "No space left on device"
+            fault = "no room is left"
         except OSError as error:
             fault = error.strerror or str(error)
         with contextlib.suppress(OSError):
@@ -84,9 +84,12 @@ class RunLog:
     """Appends to a run folder's records."""
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._metrics, self._evaluations = Appender(folder / METRICS), Appender(folder / EVALUATIONS)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._metrics, self._evaluations = Appender(folder / METRICS), Appender(folder / EVALUATIONS)
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
         if self._evaluations.is_empty:
             self._append_rows([COLUMNS])
 
@@ -127,12 +130,19 @@ class RunLog:
     @staticmethod
     def truncate(folder: Path, step: int) -> None:
         """Forget what was recorded after `step`, and a line cut short: a resumed run repeats no row."""
-        if (path := folder / METRICS).exists():
-            records = [record for record in _records(path) if record[STEP] <= step]
-            _write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-        if (path := folder / EVALUATIONS).exists():
-            rows = [row for row in _rows(path) if int(row[0]) <= step]
-            _write_text(path, "".join(",".join(row) + "\n" for row in [COLUMNS, *rows]))
+        try:
+            if (path := folder / METRICS).exists():
+                records = [record for record in _records(path) if record[STEP] <= step]
+                _write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+            if (path := folder / EVALUATIONS).exists():
+                rows = [row for row in _rows(path) if int(row[0]) <= step]
+                _write_text(path, "".join(",".join(row) + "\n" for row in [COLUMNS, *rows]))
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write the records in {folder}: {error.strerror or error}")
 
 
 def _number(value: Any) -> float | int | None:

@@ -32,7 +32,9 @@ SEED = "seed"  # the axis that devices share out
 
 def _are_finite(state: TrainState, seeds: int) -> list[bool]:
     """Whether the networks and their optimisers are, for each of so many seeds; waits for them."""
-    leaves = jax.tree.leaves((state.model, state.agent))
+    model = state.model
+    # Not the normalisers: the range of nothing is infinite.
+    leaves = jax.tree.leaves((state.agent, None if model is None else (model.nets, model.opt_state)))
     numbers = [np.asarray(leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return np.all([np.isfinite(x).reshape(seeds, -1).all(axis=1) for x in numbers], axis=0).tolist()
 

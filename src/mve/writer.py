@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mve import checkpoint
-from mve.checkpoint import Frozen
+from mve.frozen import Frozen
 from mve.types import UserError
 
 
@@ -24,6 +24,7 @@ class Writer:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._missing: UserError | None = None  # of the last save, already said: at the end it is an error
         self._folders: list[Path] = []
 
     def __enter__(self) -> Writer:
@@ -32,7 +33,7 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        failed = self._joined()
+        failed = self._joined() or self._missing
         if failed is None:
             return
         if not isinstance(failed, UserError):
@@ -45,7 +46,7 @@ class Writer:
     def start(self, frozen: Mapping[Path, Frozen]) -> None:
         """Begin to write, once what was begun before is done."""
         self.wait()
-        self._folders = list(frozen)
+        self._folders, self._missing = list(frozen), None
         # A daemon: a second Ctrl-C leaves at once, and what was begun has a name that nobody reads.
         self._thread = threading.Thread(target=self._write, args=(frozen,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -64,8 +65,7 @@ class Writer:
                 f"{self._what_stands()}",
                 stacklevel=2,
             )
-            # Remembered until another save is begun: at the end of the run it is an error.
-            self._error = failed
+            self._missing = failed
         elif failed is not None:
             raise failed
 
