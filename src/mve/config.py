@@ -46,7 +46,8 @@ class TrainConfig:
     updates_per_step: NonNegative = 1.0
     """Updates of the agent per environment step (paper: 4)."""
     overlap: bool = True
-    """Collect a block while the device learns from the one before: the policy acts one block behind."""
+    """Collect a block while the device learns from the one before: the policy acts one block behind. (Not
+    where the environment is on the device too: there it never does.)"""
     warmup: Literal["uniform", "policy"] = "uniform"
     """Actions before learning starts: uniform, or the untrained exploration policy (the paper's code)."""
     checkpoint_interval: Positive = 5000
