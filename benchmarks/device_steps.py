@@ -2,8 +2,8 @@
 
     python benchmarks/device_steps.py gymnax/Pendulum-v1 jax/Pendulum-v1 Pendulum-v1
 
-SAC's policy of 2 x 256 acts, through the loop's own collectors; nothing is learned. With `--algo sac` the whole
-loop runs, an update per step, its closing evaluation and checkpoint included.
+SAC's policy of 2 x 256 acts, through the loop's own collectors; nothing is learned. With `--algo sac` the
+whole loop runs, an update per step, its closing evaluation and checkpoint included.
 """
 
 from __future__ import annotations
