@@ -50,7 +50,7 @@ def test_a_call_for_all_seeds_is_each_ones_own_call_to_rounding() -> None:
     for i, (fits, updates) in enumerate([(0, 0), (3, 2)]):
         due = Due.of(rows=BLOCK, fits=fits, updates=updates)
         blocks = [block(2 * i), block(2 * i + 1)]
-        stacked, metrics = together.learn(stacked, blocks, due)
+        stacked, metrics = together.learn(stacked, together.gathered(blocks), due)
         said = together.numbers(metrics)
         for seed in (0, 1):
             alone[seed], mine = train.learn(alone[seed], blocks[seed], due, recipe())

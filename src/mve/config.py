@@ -51,7 +51,8 @@ class TrainConfig:
     initial_updates: Count = 0
     """Updates of the agent as it begins to learn, on top of the steady rate (DHMBPO: 4000)."""
     overlap: bool = True
-    """Collect a block while the device learns from the one before: the policy acts one block behind."""
+    """Collect a block while the device learns from the one before: the policy acts one block behind. (Not
+    where the environment is on the device too: there it never does.)"""
     warmup: Literal["uniform", "policy"] = "uniform"
     """Actions before learning starts: uniform, or the untrained exploration policy (the paper's code)."""
     checkpoint_interval: Positive = 5000

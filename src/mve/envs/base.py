@@ -19,9 +19,10 @@ class EnvConfig:
     """Which task, and how its ends are read."""
 
     id: str = ""
-    """Gymnasium id, such as HalfCheetah-v5; empty for an environment instance."""
+    """Gymnasium id, such as HalfCheetah-v5, or one in JAX, such as gymnax/Pendulum-v1; empty for an
+    environment instance."""
     kwargs: dict[str, Any] | None = None
-    """Keyword arguments of gymnasium.make."""
+    """Keyword arguments of gymnasium.make; max_episode_steps and parameters of the task for one in JAX."""
     truncation_is_terminal: bool = False
     """Treat a time limit as the end of all reward, as the MVE paper's code did; False keeps the bootstrap."""
     on_fault: Literal["stop", "restart"] = "stop"
