@@ -350,7 +350,7 @@ def learner(tmp_path_factory: pytest.TempPathFactory) -> Learner:
 def test_a_run_in_the_simulator_fits_no_model_and_learns(learner: Learner) -> None:
     assert learner.state.model is None
     assert "in the true simulator" in learner.describe()
-    assert learner.run.env._env.num_steps == 120  # of its own: imagined steps are taken in a copy
+    assert learner.run.instance.num_steps == 120  # of its own: imagined steps are taken in a copy
     start = initial_state(learner.recipe, Capacity(1), 0).agent
     assert not eqx.tree_equal(start, learner.state.agent)
 

@@ -43,6 +43,11 @@ class Needed(NamedTuple):
     def memory(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def disk(self) -> int:
+        """Rows of the replay are shared by checkpoints, but for the best one, which may be old."""
+        return 2 * self.parts[REPLAY] + CHECKPOINTS * (self.saved - self.parts[REPLAY])
+
 
 def needed(run: Run, seeds: int = 1) -> Needed:
     """What the run will take beside the program itself: arithmetic, nothing is traced or allocated."""
@@ -98,7 +103,7 @@ def check(run: Run, folder: Path, seeds: int = 1) -> str:
         ("device memory", wants.memory, device, smaller),
         # Beside an accelerator the host holds what is about to be saved.
         ("memory", wants.memory if device is None else wants.saved, host, smaller),
-        ("disk", CHECKPOINTS * wants.saved, free_disk_bytes(folder), f"{smaller}, or give another --run-dir"),
+        ("disk", wants.disk, free_disk_bytes(folder), f"{smaller}, or give another --run-dir"),
     ):
         if free is None:
             continue
