@@ -18,7 +18,7 @@ import numpy as np
 from mve import config, folders, schedule
 from mve.config import Config
 from mve.dynamics import DynamicsConfig
-from mve.envs import device, host, oracle
+from mve.envs import device_env, host, oracle
 from mve.envs.base import EnvSpec, Episode, Snapshot
 from mve.envs.host import HostEnv
 from mve.envs.known import never
@@ -54,7 +54,7 @@ class Run:
         self.instance, self._eval_env = instance, eval_env
         config.check_actions(built, self.spec)
         self.config = schedule.with_budgets(built, self.spec.max_episode_steps)
-        self.device = device.of(  # takes its steps in place of `env`, if there is one
+        self.device = device_env.of(  # takes its steps in place of `env`, if there is one
             instance,
             self.spec,
             built.seed,
