@@ -19,9 +19,10 @@ from test_resume import SMALL, assert_the_same_run
 from test_traces import recipe
 
 from mve import Learner, seeds
-from mve.envs import device, host, native
+from mve.envs import device, device_env, host, native
 from mve.envs.base import EnvConfig, Snapshot
-from mve.envs.device import Collected, DeviceEnv
+from mve.envs.device import Collected
+from mve.envs.device_env import DeviceEnv
 from mve.envs.native import NativeStep, NativeTask
 from mve.envs.pendulum import Pendulum, Pole
 from mve.policies import Policy
@@ -80,7 +81,7 @@ class Fixed(Policy):
 def made(task: NativeTask, seed: int = 0, **settings: Any) -> DeviceEnv:
     instance = native.as_gymnasium(task)
     spec = host.HostEnv(instance, seed=seed).spec
-    env = device.of(instance, spec, seed, BLOCK, **settings)
+    env = device_env.of(instance, spec, seed, BLOCK, **settings)
     assert env is not None
     return env
 

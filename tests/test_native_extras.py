@@ -14,9 +14,10 @@ from test_native import Fixed, collected
 from test_resume import SMALL
 
 from mve import Learner
-from mve.envs import device, host
+from mve.envs import device_env, host
 from mve.envs.base import EnvConfig
-from mve.envs.device import Collected, DeviceEnv
+from mve.envs.device import Collected
+from mve.envs.device_env import DeviceEnv
 from mve.types import UserError
 
 TASKS = ["Pendulum-v1", "CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
@@ -36,7 +37,7 @@ def gymnax() -> None:
 
 def made(name: str, **kwargs: Any) -> DeviceEnv:
     instance = host.make(EnvConfig(id=name, kwargs=kwargs))
-    env = device.of(instance, host.HostEnv(instance, seed=0).spec, 0, 100)
+    env = device_env.of(instance, host.HostEnv(instance, seed=0).spec, 0, 100)
     assert env is not None
     return env
 

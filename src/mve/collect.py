@@ -17,7 +17,8 @@ import numpy as np
 from mve.config import Config
 from mve.envs import device
 from mve.envs.base import Episode
-from mve.envs.device import Collected, DeviceEnv
+from mve.envs.device import Collected
+from mve.envs.device_env import DeviceEnv
 from mve.envs.host import BrokenOffError
 from mve.evaluate import LONGEST_EPISODE, Evaluation
 from mve.policies import Policy

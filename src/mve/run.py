@@ -22,7 +22,7 @@ from mve import config, divergence, folders, schedule
 from mve.config import Config
 from mve.divergence import Watch
 from mve.dynamics import DynamicsConfig
-from mve.envs import device, host, oracle
+from mve.envs import device_env, host, oracle
 from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
 from mve.envs.host import BrokenOffError, HostEnv
 from mve.envs.known import name_of, never
@@ -68,7 +68,7 @@ class Run:
         self.spec: EnvSpec = self.env.spec
         config.check_actions(built, self.spec)
         self.config = schedule.with_budgets(built, self.spec.max_episode_steps)
-        self.device = device.of(  # takes its steps in place of `env`, if there is one
+        self.device = device_env.of(  # takes its steps in place of `env`, if there is one
             instance,
             self.spec,
             built.seed,
