@@ -228,7 +228,6 @@ def _updated(
     state: TrainState, recipe: Recipe, times: Array, before: Array, key: Key, *, critics_only: bool = False
 ) -> tuple[TrainState, Metrics]:
     """So many updates, with rounds of rollouts among them if they come by updates; `before` came earlier."""
-
     step = partial(update_step, recipe=recipe, critics_only=critics_only)
     every = recipe.imagination.interval_updates
     if state.imagined is None or not every:

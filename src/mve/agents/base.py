@@ -64,7 +64,7 @@ class AgentConfig:
     critic_updates: Count = 0
     """Updates of the critics and their slow copies alone after every refit of the model (DHMBPO: 250)."""
     reset_optimisers: bool = False
-    """Adam begins anew, for actor and critics, after every refit of the model (DHMBPO)."""
+    """Adam begins anew, for all that the agent learns, after every refit of the model (DHMBPO)."""
 
     @property
     def has_density(self) -> bool:
@@ -171,8 +171,9 @@ class Agent(eqx.Module):
         return self
 
     def with_new_optimisers(self) -> Agent:
-        """Adam's states of actor and critics are as before the first step: nought throughout."""
-        names = [name for name in ("actor_opt", "critic_opt") if hasattr(self, name)]
+        """Adam's states of all that is learned are as before the first step: nought throughout."""
+        kinds = ("actor_opt", "critic_opt", "temperature_opt")
+        names = [name for name in kinds if hasattr(self, name)]
         states = {name: jax.tree.map(jnp.zeros_like, getattr(self, name)) for name in names}
         return replace(self, **states)
 

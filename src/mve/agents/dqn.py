@@ -76,6 +76,7 @@ class DQN(Agent):
             config.hidden,
             activation=config.activation,
             layer_norm=config.layer_norm,
+            norm_inputs=config.norm_inputs,
         )
         critic = ensemble(lambda k: net(key=k), config.critics, key)
         return cls(
