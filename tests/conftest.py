@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import optax.tree
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -25,3 +27,10 @@ def _with_standard_promotion(*args: Any) -> Any:
 
 
 optax.tree.bias_correction = _with_standard_promotion
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_code_is_let_go() -> Iterator[None]:
+    """Else a process keeps some thousands of programs, more than Linux lets it map, and is aborted."""
+    yield
+    jax.clear_caches()

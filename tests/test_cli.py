@@ -116,7 +116,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         ("trian Pendulum-v1", "mve: unknown command 'trian'; did you mean `mve train`?"),
         (
             "xyz",
-            "mve: unknown command 'xyz'; there are train, eval, resume, plot, diagnose, check, list, doctor",
+            "mve: unknown command 'xyz'; there are train, eval, resume, plot, compare, diagnose, check, "
+            "list, doctor",
         ),
         ("train", "mve: train needs ENV; see `mve train --help`"),
         ("eval", "mve: eval needs RUN; see `mve eval --help`"),

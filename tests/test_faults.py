@@ -25,7 +25,6 @@ from mve.envs.host import BrokenOffError, HostEnv
 from mve.envs.stepped import Fault, Here, Restarts
 from mve.envs.worker import Worker
 from mve.evaluate import evaluate
-from mve.loop import Loop
 from mve.policies import Policy
 from mve.types import DivergedError, FaultError, UserError
 
@@ -304,7 +303,7 @@ def test_a_policy_that_is_not_finite_is_not_the_environments_fault(tmp_path: Pat
     run = learner(Walk(), tmp_path / "run")
     policy = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), run.policy())
     with pytest.raises(DivergedError, match="the policy is not finite"):
-        Loop._check_policy(run.run, policy)
+        run.run.collect(policy, 0, 1)
 
 
 # In a process of its own

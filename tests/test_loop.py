@@ -12,7 +12,7 @@ import pytest
 from test_learner import SMALL, Slide
 
 from mve import Learner, schedule, train
-from mve.program import on_host
+from mve.program import Alone, on_host
 from mve.run import Run
 from mve.state import Capacity, initial_state
 from mve.train import Due
@@ -115,3 +115,19 @@ def test_a_loss_that_is_not_finite_is_noticed_one_block_late(
     with pytest.raises(UserError, match="not finite at step 40"):
         learner(tmp_path / "run", "evaluate.interval_steps=1000").learn()
     assert collecting.steps == [0, 20, 40]
+
+
+@pytest.mark.slow
+def test_a_run_computes_in_the_precision_that_is_configured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = set()
+    learn = Alone.learn
+
+    def watched(*given: Any) -> Any:
+        seen.add(jax.config.jax_default_matmul_precision)
+        return learn(*given)
+
+    monkeypatch.setattr(Alone, "learn", watched)
+    learner(tmp_path / "run", "train.total_steps=40").learn()
+    assert seen == {"float32"}

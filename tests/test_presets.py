@@ -27,6 +27,9 @@ REFITS = ("dynamics.interval_steps=50", "dynamics.fits_per_refit=20")
 
 BURST = ("train.initial_updates=0", "agent.critic_updates=5", "dynamics.weight_decay_by_layer=[0.5,1]")
 
+# One of each family; the others differ in settings that tests of their own are about.
+QUICK = ("sac", "mve-sac", "mve-td3", "mve-ddpg", "mve-dqn", "steve", "retrace-sac", "mbpo", "dhmbpo")
+
 
 def settings_of(algo: str) -> list[str]:
     settings = list(SMALL)
@@ -46,7 +49,9 @@ def probe(algo: str) -> gym.Env:
     return Probe(lambda s, a: 1 - (a - 0.5 * s) ** 2, num_steps=3)
 
 
-@pytest.mark.parametrize("algo", PRESETS)
+@pytest.mark.parametrize(
+    "algo", [pytest.param(algo, marks=() if algo in QUICK else pytest.mark.slow) for algo in PRESETS]
+)
 def test_every_preset_trains_on_a_probe_and_its_losses_are_finite(algo: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     Learner(probe(algo), algo, run_dir=run, settings=settings_of(algo), quiet=True).learn(STEPS)

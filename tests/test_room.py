@@ -10,19 +10,22 @@ from test_lock import SAC, Slide
 
 from mve import Learner, room, seeds
 from mve.run import Run
-from mve.state import initial_state
+from mve.state import fresh_state
 from mve.types import UserError
 
 
 @pytest.fixture(scope="module", params=["sac", "mve-sac", "dhmbpo"])
 def run(request: pytest.FixtureRequest) -> Run:
-    small = ["imagination.starts=32"] if request.param == "dhmbpo" else []
+    small = []
+    if request.param == "dhmbpo":
+        small = ["imagination.starts=32", "dynamics.weight_decay_by_layer=[]", "train.learning_starts=1000"]
+        small += ["dynamics.learning_starts=1000"]
     settings = ["agent.hidden=[32,32]", "dynamics.hidden=[32,32]", "train.total_steps=5000", *small]
     return Learner(Slide(), request.param, settings=settings, quiet=True).run
 
 
 def test_what_is_estimated_is_what_is_allocated(run: Run) -> None:
-    state = jax.eval_shape(lambda: initial_state(run.recipe, run.capacity(), 0))
+    state = jax.eval_shape(lambda: fresh_state(run.recipe, run.capacity(), 0))
     size = lambda tree: sum(x.size * 4 for x in jax.tree.leaves(tree))  # noqa: E731
     parts = room.needed(run).parts
     assert parts[room.REPLAY] == size(state.replay.rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from mve import train
 from mve.agents import Agent
 from mve.agents.sac import SACConfig
 from mve.dynamics import DynamicsConfig
-from mve.state import Capacity, Recipe, TrainState, initial_state
+from mve.state import Capacity, Recipe, TrainState, fresh_state, initial_state
 from mve.targets import TargetsConfig
 from mve.train import Due
 from mve.types import Known, Transition
@@ -97,3 +99,18 @@ def test_seeds_side_by_side_take_the_steps_that_each_takes_alone(trained: TrainS
         mine = jax.tree.map(lambda x, i=i: x[i], together)
         for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(alone(state, seeds[i])), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_every_matrix_product_is_asked_for_in_the_precision_around_it() -> None:
+    """A GPU would else round the inputs of float32 products to ten bits of mantissa."""
+    state, due = jax.eval_shape(lambda: fresh_state(recipe(), Capacity(100), 0)), Due.of(rows=BLOCK)
+    asked = {}
+    for precision in ("float32", "tensorfloat32"):
+        with jax.default_matmul_precision(precision):
+            lowered = train.learn.lower(state, block(0), due, recipe()).as_text()
+        products = [line for line in lowered.splitlines() if "dot_general" in line]
+        asked[precision] = {re.search(r"precision = \[(\w+), (\w+)\]", line) is not None for line in products}
+        highest = [("[HIGHEST, HIGHEST]" in line) for line in products]
+        assert products
+        assert all(highest) if precision == "float32" else not any(highest)
+    assert asked == {"float32": {True}, "tensorfloat32": {True}}

@@ -97,7 +97,6 @@ class OnHost:
         blocks: list[Transition] = []
         fault: FaultError | None = None
         for run, policy in zip(self.runs, explorers, strict=True):
-            _check_policy(run, policy)
             try:
                 blocks.append(run.collect(policy, step, count))
             except BrokenOffError as broken:
@@ -114,12 +113,6 @@ class OnHost:
     def evaluate(self, state: TrainState, step: int) -> list[Evaluation]:
         policies = self.program.policies(state)
         return [run.evaluate(policy, step) for run, policy in zip(self.runs, policies, strict=True)]
-
-
-def _check_policy(run: Run, policy: Policy | None) -> None:
-    """What acts is finite, or an environment would be blamed for its actions."""
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(policy)):
-        raise run.diverged("the policy is not finite", run.env.num_steps)
 
 
 def _cut(run: Run, block: Transition, before: int, count: int) -> Transition:

@@ -10,6 +10,7 @@ import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import chain
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -57,6 +58,9 @@ class TrainConfig:
     """Actions before learning starts: uniform, or the untrained exploration policy (the paper's code)."""
     checkpoint_interval: Positive = 5000
     """Environment steps between checkpoints; one is always written at the end."""
+    matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
+    """Of matrix products on GPU and TPU, whose own default rounds the inputs to fewer bits; a CPU computes in
+    float32 whatever is asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +228,9 @@ def _section(name: str, section: type, data: Any) -> Any:
         value, kind = data.get(setting), get_type_hints(section).get(setting)
         if get_origin(kind) is Literal:
             reason = f"it has to be one of {', '.join(map(str, get_args(kind)))}"
+        elif reason.startswith("Invalid enum value"):  # of the words that may stand in place of a number
+            words = [get_args(each) for each in get_args(kind) if get_origin(each) is Literal]
+            reason = f"it has to be a number or {', '.join(chain(*words))}"
         reason = reason.replace("`array`", "a list such as [256,256]")
         raise UserError(f"setting {name}.{setting} = {_shown(value)}: {reason}") from error
     except (TypeError, ValueError, OverflowError, RecursionError) as error:

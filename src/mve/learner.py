@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import jax
 import numpy as np
 
 from mve import checkpoint, config, folders, lock, log, plot, room, schedule, train
@@ -276,6 +277,7 @@ def go_on(learners: Sequence[Learner], folder: Path) -> None:
             records = [held.enter_context(log.RunLog(each.folder)) for each in learners]
             held.enter_context(display)
             held.enter_context(interrupt.watched())
+            held.enter_context(jax.default_matmul_precision(learners[0].config.train.matmul_precision))
             held.enter_context(loop.writer)
             _train(loop, total, records, display, interrupt)
     except DivergedError:

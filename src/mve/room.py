@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from mve.dynamics.ensemble import TERMINATION_HIDDEN
 from mve.run import Run
 from mve.types import Transition, UserError
 
@@ -70,6 +71,8 @@ def _network_bytes(run: Run) -> int:
     weights += 4 * _weights(obs, agent.hidden, 2 * run.spec.action_size)
     if recipe.fits_model:
         weights += 3 * model.members * _weights(pair, model.hidden, 2 * (obs + 1))
+        if recipe.known.termination is None:
+            weights += 3 * _weights(pair + obs, TERMINATION_HIDDEN, 1)
     return FLOAT * weights
 
 

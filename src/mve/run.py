@@ -152,6 +152,9 @@ class Run:
         What is drawn depends on the seed and the step only. A fault that ends the run raises BrokenOffError,
         whose block is padded too.
         """
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(policy)):
+            # Before it acts, or the environment would be blamed for its actions.
+            raise self.diverged("the policy is not finite", self.env.num_steps)
         draws = self._exploration_draws(step)
         act = self._random(draws) if policy is None else self._exploring(policy, draws)
         try:
