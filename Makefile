@@ -17,6 +17,6 @@ test:
 test-slow:
 	pytest -m "slow or not slow"
 
-# An hour on a quiet machine; `python benchmarks/speed.py --quick` sees in minutes that all of it runs.
+# Half an hour on a quiet machine; `python benchmarks/speed.py --quick` sees in minutes that all of it runs.
 bench:
 	python benchmarks/speed.py

@@ -36,7 +36,7 @@ class Effort:
         cores = tuple(count for count in (1, 2) if count <= len(machine.available_cores()))
         if quick:
             return cls(quick=True, rounds=2, curve_rounds=1, seconds=0.3, fill=500, cores=cores[:1], starts=1)
-        return cls(quick=False, rounds=7, curve_rounds=5, seconds=1.8, fill=10_000, cores=cores, starts=3)
+        return cls(quick=False, rounds=5, curve_rounds=3, seconds=1.8, fill=10_000, cores=cores, starts=3)
 
 
 def say(text: str) -> None:
