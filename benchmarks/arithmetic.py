@@ -47,7 +47,7 @@ def sizes_of(learner: Learner) -> products.Sizes:
 def _straight_line_scans():
     """XLA's cost analysis counts the body of a loop once, however often it runs: write the steps out."""
     scan = jax.lax.scan
-    jax.lax.scan = partial(scan, unroll=True)
+    jax.lax.scan = lambda *given, **named: scan(*given, **{**named, "unroll": True})
     try:
         yield
     finally:
