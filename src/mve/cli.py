@@ -427,7 +427,8 @@ def _one_device_for_each_core() -> None:
     """
     import jax
 
-    told = jax.config.read("jax_num_cpu_devices") >= 0 or "device_count" in os.environ.get("XLA_FLAGS", "")
+    set_by_user = jax.config.jax_num_cpu_devices >= 0  # pyright: ignore[reportAttributeAccessIssue]
+    told = set_by_user or "device_count" in os.environ.get("XLA_FLAGS", "")
     if not told:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         with contextlib.suppress(RuntimeError):
