@@ -255,6 +255,7 @@ def test_a_worker_answers_says_what_it_did_unasked_and_passes_a_failure_on(
         gone.ask("work", n=1)
 
 
+@pytest.mark.slow
 def test_the_whole_loop_can_still_be_run_piecewise(bench: Loaded) -> None:
     """The worker reaches into Learner and train: what it needs of them is still there."""
     ours = importlib.import_module("worker_mve")

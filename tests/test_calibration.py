@@ -287,6 +287,7 @@ def learn(state: TrainState, fits: int) -> tuple[TrainState, dict]:
     return train.learn(state, walk(num_steps=8, padding=0), due, RECIPE)
 
 
+@pytest.mark.slow
 def test_a_block_is_judged_once_and_only_by_a_model_that_was_fitted() -> None:
     train.learn.clear_cache()
     state = initial_state(RECIPE, Capacity(50), seed=0)

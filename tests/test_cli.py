@@ -448,6 +448,7 @@ def refuses(*_: Any, **__: Any) -> Any:
 # Discrete actions
 
 
+@pytest.mark.slow
 def test_every_command_works_on_a_task_with_discrete_actions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

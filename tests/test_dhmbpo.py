@@ -335,6 +335,7 @@ def test_a_rollout_is_shared_only_where_both_want_the_same(change: dict) -> None
 # --- Schedule ---
 
 
+@pytest.mark.slow
 def test_rounds_critic_updates_and_resets_come_with_the_updates() -> None:
     """Interval 4: of updates 2..11 the 4th and the 8th come after a round, 3 x 4 rows each; a refit's five
     critic updates have two rounds of their own, and Adam begins anew before them."""

@@ -428,6 +428,7 @@ def remembering(capacity: int, lengths: Sequence[int], ended: bool, tmp_path: Pa
     return learner
 
 
+@pytest.mark.slow
 def test_the_newest_whole_episodes_are_remembered_in_order(tmp_path: Path) -> None:
     learner = remembering(20, [10, 6, 5, 4], ended=False, tmp_path=tmp_path)
     # The ring has lost five steps of the first, and the last may still be running.

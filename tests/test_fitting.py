@@ -228,6 +228,7 @@ EVERYTHING = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_it_compiles_once_and_logs_the_last_fit_in_every_record(tmp_path: Path) -> None:
     settings = [*TINY, "train.overlap=false", *(f"dynamics.{setting}" for setting in EVERYTHING)]
     train.learn.clear_cache()

@@ -222,6 +222,7 @@ def test_retrace_remembers_how_likely_each_action_was(tmp_path: Path) -> None:
     assert eqx.tree_equal(learner.state, loaded.state)
 
 
+@pytest.mark.slow
 def test_calibration_goes_into_the_checkpoint_and_the_log(tmp_path: Path) -> None:
     settings = [*SMALL, "targets.estimator=calibrated", "targets.horizon_steps=2"]
     learner = Learner(Slide(), run_dir=tmp_path / "run", settings=settings, quiet=True).learn(140)
@@ -282,6 +283,7 @@ class Choice(Slide):
         self.state, self.steps = data["state"], data["steps"]
 
 
+@pytest.mark.slow
 def test_a_choice_of_actions_is_learned_predicted_and_loaded(tmp_path: Path) -> None:
     learner = Learner(Choice(), run_dir=tmp_path / "run", settings=SMALL, quiet=True).learn(120)
     assert learner.config.algo == "mve-dqn"

@@ -85,6 +85,7 @@ def test_every_seed_leaves_the_folder_of_a_single_run(trained: list[Learner]) ->
         assert eqx.tree_equal(loaded.progress, learner.progress)
 
 
+@pytest.mark.slow
 def test_all_go_on_together_or_one_alone(trained: list[Learner], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained[0].folder.parent, run)
@@ -107,6 +108,7 @@ def test_the_same_seeds_repeat_bit_for_bit_and_are_compiled_once(
         assert eqx.tree_equal(one.progress, other.progress)
 
 
+@pytest.mark.slow
 def test_learning_that_is_compiled_again_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Learner(Slide(), run_dir=tmp_path / "run", settings=LOOPED, quiet=True)
     collect = Run.collect

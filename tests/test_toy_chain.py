@@ -166,6 +166,7 @@ def assert_ordering(seeds: jax.Array) -> None:
     np.testing.assert_array_less(mve[:, 0], mve[:, -1])
 
 
+@pytest.mark.slow
 def test_with_a_noisy_model_steve_learns_the_chain_and_mve_unlearns_it() -> None:
     assert_ordering(jnp.arange(2))
 

@@ -77,6 +77,7 @@ def test_two_seeds_differ(trained: TrainState) -> None:
     assert not eqx.tree_equal(trained.model, other.model)
 
 
+@pytest.mark.slow
 def test_a_larger_ring_changes_nothing_that_is_learned(trained: TrainState) -> None:
     state = initial_state(recipe(), capacity=Capacity(150), seed=0)
     for i in range(4):
