@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from mve.folders import seeds_of
 from mve.log import VERSIONS, read_json
 from mve.plot import COLOURS, STYLE, mean_curve, read_run, thousands, write
 from mve.types import UserError
@@ -54,8 +55,7 @@ def read(paths: Sequence[Path]) -> list[Curve]:
         if path.suffix == ".csv":
             curves += _read_csv(path)
         else:
-            inside = sorted(path.glob("seed-*/config.json"))
-            curves += [_read_run(place.parent) for place in inside] or [_read_run(path)]
+            curves += [_read_run(folder) for folder in seeds_of(path) or [path]]
     return curves
 
 

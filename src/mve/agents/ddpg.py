@@ -109,8 +109,7 @@ class DDPG(Agent):
         return ActorPolicy(actor=perturb(self.actor, self.noise_scale, key), noise_std=jnp.float32(0))
 
     def target_policy(self, obs: Array, key: Key) -> tuple[Array, Array]:
-        del key
-        return self.target_actor.act(obs, 0.0), jnp.zeros(obs.shape[:-1])
+        return deterministic(self.target_actor)(obs, key)
 
     def target_value(self, obs: Array, key: Key) -> Array:
         del key

@@ -18,7 +18,7 @@ from mve.envs import control_suite, native
 from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
 from mve.envs.known import known_functions, name_of
 from mve.envs.portable import described
-from mve.envs.stepped import Fault, Here, Restarts, Stepped
+from mve.envs.stepped import Fault, Here, Restarts, Stepped, one_line
 from mve.types import FaultError, Known, RewardFn, TerminationFn, Transition, UserError
 
 ActionSpace: TypeAlias = Box | Discrete
@@ -48,7 +48,7 @@ def make(config: EnvConfig) -> gym.Env:
         hint = f"; nearest: {', '.join(near)}" if near else "; see gymnasium.registry for the names"
         raise UserError(f"unknown environment '{config.id}'{hint}") from error
     except (gym.error.Error, ImportError, TypeError) as error:
-        raise UserError(f"cannot make environment '{config.id}': {_one_line(error)}") from error
+        raise UserError(f"cannot make environment '{config.id}': {one_line(error)}") from error
 
 
 def episode_seed(stream: int, *words: int) -> int:
@@ -84,29 +84,25 @@ def random_log_density(space: ActionSpace) -> float:
     return -math.log(size) if isinstance(space, Discrete) else -math.log(2.0) * size
 
 
-def _one_line(x: object) -> str:
-    return " ".join(str(x).split()) or type(x).__name__
-
-
 def _check_spaces(env: gym.Env, name: str) -> tuple[Box, ActionSpace]:
     obs, action = env.observation_space, env.action_space
     if not isinstance(obs, Box) or len(obs.shape) != 1:
         raise UserError(
-            f"{name}: observation space {_one_line(obs)} is not supported; it has to be a Box with one axis "
+            f"{name}: observation space {one_line(obs)} is not supported; it has to be a Box with one axis "
             "(wrap it with gymnasium.wrappers.FlattenObservation)"
         )
     if isinstance(action, Discrete):
         return obs, action
     if not isinstance(action, Box) or len(action.shape) != 1:
         raise UserError(
-            f"{name}: action space {_one_line(action)} is not supported; "
+            f"{name}: action space {one_line(action)} is not supported; "
             "it has to be a Box with one axis (continuous control) or Discrete"
         )
     if not (
         np.isfinite(action.low).all() and np.isfinite(action.high).all() and (action.low < action.high).all()
     ):
         raise UserError(
-            f"{name}: action space {_one_line(action)} has unbounded or empty ranges; "
+            f"{name}: action space {one_line(action)} has unbounded or empty ranges; "
             "give it finite limits (gymnasium.wrappers.RescaleAction or ClipAction)"
         )
     return obs, action

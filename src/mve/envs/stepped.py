@@ -112,9 +112,9 @@ class Here:
         try:
             return function(*arguments, **named)
         except UserError as error:  # ours, such as of a simulation that failed: says enough
-            raise self._fault(_one_line(error)) from error
+            raise self._fault(one_line(error)) from error
         except Exception as error:
-            raise self._fault(f"it raised {type(error).__name__}: {_one_line(error)}") from error
+            raise self._fault(f"it raised {type(error).__name__}: {one_line(error)}") from error
 
     def _obs(self, obs: Any) -> np.ndarray:
         if (array := _real(obs)) is None:
@@ -124,7 +124,7 @@ class Here:
         with np.errstate(over="ignore"):
             single = np.array(array, np.float32)  # a copy: some environments write over what they returned
         if not np.isfinite(single).all():
-            raise self._fault(f"the observation is not finite: {_one_line(single)}")
+            raise self._fault(f"the observation is not finite: {one_line(single)}")
         return single
 
     def _reward(self, reward: Any) -> float:
@@ -188,9 +188,10 @@ def _real(value: Any) -> np.ndarray | None:
 
 
 def _shown(value: Any) -> str:
-    text = _one_line(repr(value))
+    text = one_line(repr(value))
     return f"{text if len(text) <= 40 else f'{text[:40]}...'}, a {type(value).__name__}"
 
 
-def _one_line(x: object) -> str:
+def one_line(x: object) -> str:
+    """Its text without line breaks; the name of its type where it has none."""
     return " ".join(str(x).split()) or type(x).__name__
