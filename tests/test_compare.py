@@ -70,6 +70,15 @@ def test_what_is_written_is_read_again_and_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+def test_curves_may_be_given_a_name(tmp_path: Path) -> None:
+    path = compare.write_csv([curve("a", 0, 1.0), curve("b", 0, 2.0)], tmp_path / "a.csv")
+    with_equals = compare.write_csv([curve("c", 0, 1.0)], tmp_path / "x=1.csv")
+    places = [f"wider nets={path}", str(path), str(with_equals)]
+    assert [c.algo for c in compare.read_named(places)] == ["wider nets"] * 2 + ["a", "b", "c"]
+    with pytest.raises(UserError, match="nowhere"):
+        compare.read_named([f"x={tmp_path}/nowhere"])
+
+
 def test_a_file_of_another_form_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("env,step\nTask-v1,3\n")
     with pytest.raises(UserError, match="no column suite, algo"):

@@ -224,8 +224,9 @@ class Plot:
 class Compare:
     """Compare algorithms over their seeds: interquartile means with 95 % bootstrap intervals."""
 
-    paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="PATH")]
-    """Folders of runs or of seeds, and CSV files of suite,env,algo,seed,step,return,source."""
+    paths: Annotated[Positional[tuple[str, ...]], arg(metavar="[NAME=]PATH")]
+    """Folders of runs or of seeds, and CSV files of suite,env,algo,seed,step,return,source; NAME, if given,
+    stands in place of the algorithm's."""
     at: tuple[int, ...] = ()
     """Steps to compare at; the last one that all runs of a task have reached, if not given."""
     against: Annotated[tuple[Path, ...], arg(metavar="CSV")] = ()
@@ -243,7 +244,7 @@ class Compare:
 
         if not self.paths:
             raise UserError("compare: no run folder or CSV file is given; see `mve compare --help`")
-        curves, published = compare.read(self.paths), compare.read(self.against)
+        curves, published = compare.read_named(self.paths), compare.read(self.against)
         tasks = {curve.env for curve in curves}
         published = [c for c in published if c.env in tasks and (not self.only or c.algo in self.only)]
         steps = self.at or compare.common_steps(curves)

@@ -59,6 +59,18 @@ def read(paths: Sequence[Path]) -> list[Curve]:
     return curves
 
 
+def read_named(places: Sequence[str]) -> list[Curve]:
+    """The same of paths which may have a name before them, NAME=PATH: that of all their curves."""
+    curves: list[Curve] = []
+    for place in places:
+        name, separator, path = place.partition("=")
+        if separator and not Path(place).exists():
+            curves += [curve._replace(algo=name) for curve in read([Path(path)])]
+        else:
+            curves += read([Path(place)])
+    return curves
+
+
 def _read_run(folder: Path) -> Curve:
     run, versions = read_run(folder), folder / VERSIONS
     facts = read_json(versions) if versions.exists() else {}
