@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mve import checkpoint, config, files, replay
+from mve.checkpoint.frozen import Frozen, freeze
+from mve.checkpoint.segments import Shelf
 from mve.envs import host
-from mve.frozen import Frozen, freeze
 from mve.program import Alone
 from mve.run import Run
-from mve.segments import Shelf
 from mve.state import Capacity, Progress, TrainState, initial_state
 
 REPEATS, TASK, ALGO = 5, "HalfCheetah-v5", "mve-sac"

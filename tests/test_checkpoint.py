@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mve import checkpoint, files, manifest
-from mve.frozen import freeze
+from mve import checkpoint, files
+from mve.checkpoint import manifest
+from mve.checkpoint.frozen import freeze
 from mve.types import UserError
 
 

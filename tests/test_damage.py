@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from test_segments import FakeRing
 
-from mve import checkpoint, files, segments
+from mve import checkpoint, files
+from mve.checkpoint import segments
 from mve.types import UserError
 
 CORRUPTIONS = 500

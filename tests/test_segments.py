@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from mve import checkpoint, segments
+from mve import checkpoint
+from mve.checkpoint import segments
+from mve.checkpoint.frozen import Ringed, freeze
+from mve.checkpoint.segments import Ring, Shelf
 from mve.files import DamagedError
-from mve.frozen import Ringed, freeze
-from mve.segments import Ring, Shelf
 from mve.types import UserError
 
 PREFIX = "replay.rows"

@@ -20,10 +20,11 @@ import pytest
 from test_checkpoint import assert_same, make_state, sign
 
 from mve import Learner, checkpoint, loop
-from mve.frozen import Frozen, freeze
+from mve.checkpoint import store
+from mve.checkpoint.frozen import Frozen, freeze
+from mve.checkpoint.writer import Writer
 from mve.log import Appender, RunLog
 from mve.types import UserError
-from mve.writer import Writer
 
 LIMIT = 40_000  # bytes of a file
 
@@ -50,7 +51,7 @@ def test_training_goes_on_while_one_is_written_and_waits_for_it_before_the_next(
         order.append(next(iter(frozen.values())).step)
         return write(frozen)
 
-    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(store, "write", slow)
     with Writer() as writer:
         writer.start({tmp_path: frozen(1)})
         order.append("training")

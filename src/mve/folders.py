@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from mve import checkpoint, config, frozen, log
-from mve.checkpoint import Which
+from mve import checkpoint, config, log
+from mve.checkpoint import Which, frozen
+from mve.checkpoint.frozen import Frozen, Ringed
+from mve.checkpoint.segments import Ring, Shelf
 from mve.config import Config
 from mve.envs import snapshot
 from mve.envs.base import Snapshot
-from mve.frozen import Frozen, Ringed
-from mve.segments import Ring, Shelf
 from mve.state import Capacity, Progress, Recipe, TrainState, fresh_state
 from mve.train import exploration_policy
 from mve.types import Count, Json, NonNegative, Positive, UserError

@@ -18,6 +18,7 @@ import numpy as np
 
 from mve import checkpoint, config, folders, lock, log, plot, room, schedule, train
 from mve.checkpoint import Which
+from mve.checkpoint.segments import Shelf
 from mve.config import Config
 from mve.display import Display
 from mve.envs import host, native
@@ -30,7 +31,6 @@ from mve.policies import Policy
 from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO
 from mve.program import Alone, on_host
 from mve.run import Run
-from mve.segments import Shelf
 from mve.state import Progress, Recipe, TrainState, grown, initial_state
 from mve.types import DivergedError, RewardFn, TerminationFn, UserError
 

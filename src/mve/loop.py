@@ -24,16 +24,16 @@ from typing import NamedTuple
 import numpy as np
 
 from mve import folders, log, schedule, train
+from mve.checkpoint.segments import Shelf
+from mve.checkpoint.writer import Writer
 from mve.collect import collector_for
 from mve.display import Display
 from mve.interrupt import Interrupt
 from mve.program import Alone, Together
 from mve.run import Run
-from mve.segments import Shelf
 from mve.state import Progress
 from mve.train import Due
 from mve.types import FaultError, Metrics, Transition
-from mve.writer import Writer
 
 
 class Collected(NamedTuple):

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mve import train
 from mve.agents import Agent
+from mve.checkpoint.segments import Ring
 from mve.envs.device import for_one
 from mve.policies import Policy
-from mve.segments import Ring
 from mve.state import Recipe, TrainState
 from mve.train import Due
 from mve.types import Metrics, Transition

@@ -19,6 +19,8 @@ import jax
 import numpy as np
 
 from mve import config, divergence, folders, schedule
+from mve.checkpoint.frozen import Frozen
+from mve.checkpoint.segments import Ring, Shelf
 from mve.config import Config
 from mve.divergence import Watch
 from mve.dynamics import DynamicsConfig
@@ -29,10 +31,8 @@ from mve.envs.known import name_of, never
 from mve.envs.stepped import Here, Restarts, Stepped
 from mve.envs.worker import Worker
 from mve.evaluate import LONGEST_EPISODE, Evaluation, evaluate
-from mve.frozen import Frozen
 from mve.imagine import ImaginationConfig
 from mve.policies import Policy
-from mve.segments import Ring, Shelf
 from mve.state import Capacity, Progress, Recipe
 from mve.types import DivergedError, Json, Known, RewardFn, StepFn, TerminationFn, Transition, UserError
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from mve import checkpoint
-from mve.frozen import Frozen
+from mve.checkpoint import store
+from mve.checkpoint.frozen import Frozen
 from mve.types import UserError
 
 
@@ -71,7 +71,7 @@ class Writer:
 
     def _write(self, frozen: Mapping[Path, Frozen]) -> None:
         try:
-            checkpoint.write(frozen)
+            store.write(frozen)
         except BaseException as error:
             self._error = error
 
@@ -84,7 +84,7 @@ class Writer:
 
     def _what_stands(self) -> str:
         """What a run that ended now could be resumed from."""
-        saved = [max(checkpoint.steps(folder), default=None) for folder in self._folders]
+        saved = [max(store.steps(folder), default=None) for folder in self._folders]
         if None in saved:
             return "nothing of this run is saved"
         return f"what is saved is of step {min(step for step in saved if step is not None)}"

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from mve.manifest import Tensor
-from mve.segments import Changed, Ring, Shelf
+from mve.checkpoint.manifest import Tensor
+from mve.checkpoint.segments import Changed, Ring, Shelf
 from mve.types import Json
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 
 from mve import files
+from mve.checkpoint.segments import Segment
 from mve.files import DamagedError, Written
-from mve.segments import Segment
 from mve.types import Count, Json, UserError
 
 FORMAT = 2

@@ -26,11 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from mve import files, manifest, segments
+from mve import files
+from mve.checkpoint import manifest, segments
+from mve.checkpoint.frozen import Frozen, freeze, is_key, named_leaves
+from mve.checkpoint.manifest import FACTS, FORMAT, REPLACED, TENSORS, Manifest, Rows, Tensor
+from mve.checkpoint.segments import Segment
 from mve.files import DamagedError
-from mve.frozen import Frozen, freeze, is_key, named_leaves
-from mve.manifest import FACTS, FORMAT, REPLACED, TENSORS, Manifest, Rows, Tensor
-from mve.segments import Segment
 from mve.types import Json, UserError
 
 KEPT = 2
