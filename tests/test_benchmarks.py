@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,18 @@ Loaded = dict[str, ModuleType]
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Loaded]:
     """The modules by name. They find each other beside the script, which is on no path but its own."""
-    names = ("report", "bars", "device_profile", "pages", "paper", "products", "workers", "machine", "venvs")
+    names = (
+        "report",
+        "bars",
+        "device_profile",
+        "efficiency",
+        "pages",
+        "paper",
+        "products",
+        "workers",
+        "machine",
+        "venvs",
+    )
     sys.path.insert(0, str(BENCHMARKS))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -271,3 +284,61 @@ def test_the_whole_loop_can_still_be_run_piecewise(bench: Loaded) -> None:
     sizes = ours.arithmetic.sizes_of(ours.arms["it"].learner)
     assert (sizes.batch, sizes.members, sizes.horizon, sizes.regresses_imagined) == (4, 2, 2, True)
     assert (sizes.actor, sizes.critic, sizes.model) == ([(3, 8), (8, 2)], [(4, 8), (8, 1)], [(4, 8), (8, 3)])
+
+
+def test_an_evidence_run_is_started_gone_on_with_or_left_alone(
+    bench: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    efficiency = bench["efficiency"]
+    monkeypatch.setitem(efficiency.VARIANTS, "tiny", efficiency.Variant("sac", ("agent.hidden=[8]",)))
+    job = efficiency.Job("Pendulum-v1", "tiny", 3)
+    folder = tmp_path / "Pendulum-v1" / "tiny" / "seed-3"
+    asked = efficiency.command(job, tmp_path, 600)
+    assert asked[2:] == [
+        *("mve", "train", "Pendulum-v1", "--algo", "sac", "--seed", "3", "--steps", "600"),
+        *("--run-dir", str(folder), "--quiet", "--set", *efficiency.EVALUATIONS, "agent.hidden=[8]"),
+    ]
+    (folder / "checkpoints" / "step_000000000400").mkdir(parents=True)
+    (folder / "checkpoints" / "step_000000000400" / "state.json").write_text("{}")
+    (folder / "config.json").write_text("{}")
+    assert efficiency.command(job, tmp_path, 600)[3:] == ["resume", str(folder), "--steps", "200", "--quiet"]
+    assert efficiency.command(job, tmp_path, 400) is None
+
+
+def test_evidence_is_told_beside_what_was_published(
+    bench: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    efficiency = bench["efficiency"]
+    monkeypatch.setitem(efficiency.VARIANTS, "tiny", efficiency.Variant("sac"))
+    for seed, value in ((0, 10.0), (1, 30.0)):
+        run = tmp_path / "runs" / "Task-v1" / "tiny" / f"seed-{seed}"
+        run.mkdir(parents=True)
+        targets = {"estimator": "one_step", "horizon_steps": 0}
+        config = {"algo": "sac", "seed": seed, "task": "Task-v1", "targets": targets}
+        (run / "config.json").write_text(json.dumps(config))
+        (run / "evaluations.csv").write_text(f"step,episode,return,length\n100,0,{value},5\n")
+        (run / "metrics.jsonl").write_text('{"time/total_timesteps": 100, "time/time_elapsed": 120.0}\n')
+        (run / "versions.json").write_text('{"mve": "1", "devices": [{"platform": "gpu", "kind": "A GPU"}]}')
+    published = "suite,env,algo,seed,step,return,source\ngym,Task-v1,Rival,0,100,15,there\n"
+    (tmp_path / "published.csv").write_text(published)
+    page = tmp_path / "page.md"
+    page.write_text("Before\n<!-- figures: begin -->\nold\n<!-- figures: end -->\nafter\n")
+    asked = ["report", str(tmp_path / "runs"), "--published", str(tmp_path / "published.csv")]
+    asked += ["--against", "Rival", "--csv", str(tmp_path / "all.csv"), "--document", str(page)]
+    assert efficiency.main(asked) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| Task-v1")]
+    assert rows[0].startswith("| Task-v1 | tiny | 100 | 2 | 20 [10, 30] | 20 | 20 | 10 30 |")
+    assert rows[1].startswith("| Task-v1 | Rival | 100 | 1 | 15 ")
+    assert rows[2] == "| Task-v1 | tiny | 2 | 100 | 2.0 | 1200.0 | A GPU |"
+    assert "old" not in page.read_text()
+    assert rows[2] in page.read_text()
+    assert (tmp_path / "all.csv").read_text().splitlines()[1] == "gym,Task-v1,tiny,0,100,10.00,mve:1"
+    assert efficiency.main(["report", str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_a_run_is_pinned_to_its_core(bench: Loaded) -> None:
+    core = max(os.sched_getaffinity(0))
+    code = "import os; print(sorted(os.sched_getaffinity(0)))"
+    asked = bench["efficiency"].pinned([sys.executable, "-c", code], core)
+    assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip() == str([core])
