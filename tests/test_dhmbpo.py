@@ -307,9 +307,9 @@ def test_the_shared_target_is_the_return_of_the_first_imagined_step_by_hand() ->
     """y = r_0 + g c_0 (r_1 + b_1 + g c_1 (r_2 + b_2 + g c_2 V)): no bonus of the first action."""
     ours = recipe()
     state = remembering(ours)
-    batch, ahead, whole, _ = experience.imagine_once(state, ours, jax.random.key(8))
-    ask = train.estimator_fns(state, jax.random.key(9))
-    rows = targets.estimate(batch, ahead, ask, ours.targets)
+    shared = experience.imagine_once(state, ours, jax.random.key(8))
+    whole = shared.whole
+    rows = train.shared_targets(shared, state, ours.targets, jax.random.key(9))
     value = jnp.min(state.agent.target_value(whole.obs[-1], jax.random.key(9)), axis=0)
     r, c, b = whole.reward, whole.continuation, whole.bonus
     by_hand = r[0] + 0.9 * c[0] * (r[1] + b[1] + 0.9 * c[1] * (r[2] + b[2] + 0.9 * c[2] * value))
@@ -317,12 +317,89 @@ def test_the_shared_target_is_the_return_of_the_first_imagined_step_by_hand() ->
     np.testing.assert_array_equal(rows.action, whole.action[0])
 
 
+def mixed(share: float) -> Recipe:
+    ours = recipe()
+    return replace(ours, imagination=replace(ours.imagination, real_share=share))
+
+
+def test_real_steps_are_expanded_by_the_whole_of_the_rollouts_that_start_where_they_led_to() -> None:
+    """Three of eight rows, by hand: y = r + g c (b_0 + r_0 + g c_0 (b_1 + r_1 + ... V)), that of s' in it."""
+    ours = mixed(0.4)
+    assert ours.shares_rollout
+    assert ours.real_rows == 3
+    state = remembering(ours)
+    shared = experience.imagine_once(state, ours, jax.random.key(8))
+    real, whole = shared.real, shared.whole
+    assert real is not None
+    np.testing.assert_array_equal(whole.obs[0, :3], real.next_obs)
+    rows = train.shared_targets(shared, state, ours.targets, jax.random.key(9))
+
+    real_key, imagined_key = jax.random.split(jax.random.key(9))
+    value_of = lambda obs, key: jnp.min(state.agent.target_value(obs, key), axis=0)  # noqa: E731
+    r, c, b = whole.reward, whole.continuation, whole.bonus
+    ahead = value_of(whole.obs[-1, :3], real_key)
+    for t in reversed(range(LENGTH)):
+        ahead = (b + r)[t, :3] + 0.9 * c[t, :3] * ahead
+    np.testing.assert_allclose(rows.value[:3], real.reward + 0.9 * ahead, rtol=1e-5)
+    np.testing.assert_array_equal(rows.obs[:3], real.obs)
+    np.testing.assert_array_equal(rows.action[:3], real.action)
+
+    ahead = value_of(whole.obs[-1, 3:], imagined_key)
+    for t in reversed(range(1, LENGTH)):
+        ahead = (b + r)[t, 3:] + 0.9 * c[t, 3:] * ahead
+    np.testing.assert_allclose(rows.value[3:], r[0, 3:] + 0.9 * c[0, 3:] * ahead, rtol=1e-5)
+    np.testing.assert_array_equal(rows.action[3:], whole.action[0, 3:])
+    np.testing.assert_allclose(rows.weight, np.full(8, 1 / 8), rtol=1e-6)
+    # Real rows have all their weight on H = 3, the others on H = 2.
+    np.testing.assert_allclose(rows.horizon_weight, [0, 0, 5 / 8, 3 / 8], rtol=1e-6)
+
+
+def test_nothing_is_imagined_from_the_last_state_of_an_episode() -> None:
+    """Three rows of four ended there: what they earned is all of their target, and the actor is not asked
+    what to do in a state where nobody acts."""
+    ours = mixed(0.5)
+    state, block = remembering(ours), real_block()
+    ended = block._replace(continuation=np.zeros(20, np.float32))
+    state = replace(
+        state, replay=replay.add(state.replay, jax.tree.map(jnp.asarray, ended), jnp.ones(20, bool))
+    )
+    shared = experience.imagine_once(state, ours, jax.random.key(3))
+    real = shared.real
+    assert real is not None
+    over = np.asarray(real.continuation) == 0
+    assert 0 < over.sum() < 4
+    at_the_end = (np.asarray(shared.whole.obs[0, :4]) == np.asarray(real.next_obs)).all(axis=1)
+    np.testing.assert_array_equal(at_the_end, ~over)
+    rows = train.shared_targets(shared, state, ours.targets, jax.random.key(9))
+    np.testing.assert_array_equal(rows.value[:4][over], real.reward[over])
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+@pytest.mark.parametrize("estimator", ["mve", "mve_tdk", "lambda", "one_step"])
+def test_every_estimator_of_fixed_weights_may_share_a_rollout(estimator: str, share: float) -> None:
+    horizon = {"one_step": 0}.get(estimator, LENGTH - 1)
+    ours = mixed(share)
+    ours = replace(
+        ours,
+        targets=replace(ours.targets, estimator=estimator, horizon_steps=horizon),
+        agent=replace(ours.agent, model_steps=1 + horizon),
+    )
+    assert ours.shares_rollout
+    state = remembering(ours)
+    shared = experience.imagine_once(state, ours, jax.random.key(8))
+    rows = train.shared_targets(shared, state, ours.targets, jax.random.key(9))
+    assert np.isfinite(rows.value).all()
+    assert float(jnp.sum(rows.horizon_weight)) == pytest.approx(1.0)
+    if estimator != "mve_tdk":
+        assert float(jnp.sum(rows.weight)) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"agent": SACConfig(model_steps=LENGTH + 1)},
         {"agent": AGENTS["td3"][0](model_steps=LENGTH)},
-        {"imagination": replace(recipe().imagination, real_share=0.1)},
+        {"imagination": replace(recipe().imagination, real_share=0.1, mixed_by="update")},
         {"imagination": replace(recipe().imagination, first_step="stored")},
         {"targets": TargetsConfig(estimator="steve", horizon_steps=LENGTH - 1)},
     ],

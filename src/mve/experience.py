@@ -41,7 +41,7 @@ def sample_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
         step_fn = model_step(state, recipe, step_key)
         dreamt = _first_step(dreamt, state.agent.target_policy, step_fn, step_key)
     if imagination.mixed_by == "row":
-        is_real = jnp.arange(size) < round(imagination.real_share * size)
+        is_real = jnp.arange(size) < recipe.real_rows
     else:
         is_real = jnp.broadcast_to(jax.random.bernoulli(share_key, imagination.real_share), (size,))
 
@@ -65,22 +65,29 @@ def _first_step(rows: Transition, policy: PolicyFn, step_fn: StepFn, key: Key) -
 
 
 class Shared(NamedTuple):
-    """One rollout from imagined states: the critic's row, what lies ahead of it, and the actor's way back."""
+    """One rollout of a batch of states: what the critic's rows are made of, and the actor's way back."""
 
-    batch: Transition  # its first steps
-    ahead: Imagined  # the others
+    real: Transition | None  # steps that led to the first of the states; None if they are imagined all
+    first: Transition  # the rollout's first steps
+    later: Imagined  # its other steps
     whole: Imagined
     pull_back: Callable[[Imagined], tuple[Any]]
 
 
 def imagine_once(state: TrainState, recipe: Recipe, key: Key) -> Shared:
-    """A rollout under the actor in training from a batch of the imagination buffer's states.
+    """A rollout under the actor in training, from states of the imagination buffer and ones just reached.
 
     The forward pass serves critic and actor alike (the training rollout of Kubo et al. 2025): its
-    derivative by the actor is kept, to be asked for once the critics have moved.
+    derivative by the actor is kept, to be asked for once the critics have moved. Beyond them, a share of
+    the rollouts starts where steps of the replay have led to, so that these can be expanded. An episode's
+    last state is no start: in its place stands an imagined one, which the row's continuation takes out.
     """
     start_key, rollout_key = jax.random.split(key)
     start = _imagined_batch(state, recipe, start_key)
+    real = None
+    if recipe.real_rows:
+        real = replay.sample(state.replay, (recipe.real_rows,), jax.random.fold_in(start_key, 1))
+        start = start._replace(obs=_led_to(real, start.obs))
     actor, policy_of = state.agent.acting()
     step_fn = model_step(state, recipe, rollout_key)
 
@@ -89,7 +96,14 @@ def imagine_once(state: TrainState, recipe: Recipe, key: Key) -> Shared:
         return imagine.rollout(step_fn, policy, start.obs, steps, rollout_key, unrolled=True)
 
     whole, pull_back = jax.vjp(rollout, actor)
-    return Shared(imagine.as_transition(whole, start), imagine.after_first(whole), whole, pull_back)
+    return Shared(real, imagine.as_transition(whole, start), imagine.after_first(whole), whole, pull_back)
+
+
+def _led_to(real: Transition, start_obs: Array) -> Array:
+    """The start states, with those that real steps led to, unless an episode ended there, as the first."""
+    count = len(real.reward)
+    reached = jnp.where(real.continuation[:, None] > 0, real.next_obs, start_obs[:count])
+    return jnp.concatenate([reached, start_obs[count:]])
 
 
 def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics]:

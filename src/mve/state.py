@@ -41,15 +41,21 @@ class Recipe:
     @property
     def shares_rollout(self) -> bool:
         """Whether the critic's targets and the actor's objective are of the same imagined steps, made once:
-        the same policy takes as many in both, and the first of them is imagined for both."""
+        the same policy takes as many in both, and the first of them is imagined for both. Rows of real
+        steps are expanded by all of them, from the state that they led to."""
         imagined = self.imagination.starts > 0 and self.imagination.first_step == "imagined"
         return (
             imagined
-            and self.imagination.real_share == 0
+            and (self.imagination.real_share == 0 or self.imagination.mixed_by == "row")
             and self.agent.targets_by_current_actor
             and self.agent.model_steps == 1 + self.targets.imagined_steps
             and not (self.targets.keeps_members or self.targets.reads_segments)
         )
+
+    @property
+    def real_rows(self) -> int:
+        """Of a batch, where real and imagined rows share it."""
+        return round(self.imagination.real_share * self.agent.batch_size)
 
     @property
     def fits_model(self) -> bool:

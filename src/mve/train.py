@@ -19,10 +19,11 @@ from jaxtyping import Array
 
 from mve import dynamics, experience, imagine, replay, targets
 from mve.agents import Agent
+from mve.experience import Shared
 from mve.policies import Policy
 from mve.replay import Replay
 from mve.state import Recipe, TrainState
-from mve.targets import Calibration, calibration
+from mve.targets import Calibration, TargetsConfig, calibration
 from mve.types import (
     ActorValueFn,
     CriticTargets,
@@ -71,18 +72,39 @@ def update_step(
     steps, discount = recipe.agent.model_steps, recipe.targets.discount
 
     if recipe.shares_rollout:
-        batch, ahead, imagined, pull_back = experience.imagine_once(state, recipe, imagine_key)
-        objective = SharedObjective(imagined, pull_back, partial(worth, discount=discount, key=sample_key))
+        shared = experience.imagine_once(state, recipe, imagine_key)
+        state = told_gains(state, recipe, shared.first, shared.later)
+        critic_targets = shared_targets(shared, state, recipe.targets, value_key)
+        worth_of = partial(worth, discount=discount, key=sample_key)
+        objective, obs = SharedObjective(shared.whole, shared.pull_back, worth_of), shared.first.obs
     else:
         batch, recalled = experience.recall(state, recipe, sample_key)
         ahead = experience.imagine_ahead(state, recipe, batch, imagine_key) if recalled is None else recalled
-        objective = actor_objective(partial(experience.model_step, state, recipe), steps, discount)
-    state = told_gains(state, recipe, batch, ahead)
-    critic_targets = targets.estimate(batch, ahead, estimator_fns(state, value_key), recipe.targets)
+        state = told_gains(state, recipe, batch, ahead)
+        critic_targets = targets.estimate(batch, ahead, estimator_fns(state, value_key), recipe.targets)
+        step_of = partial(experience.model_step, state, recipe)
+        objective, obs = actor_objective(step_of, steps, discount), batch.obs
     asked = None if critics_only else objective
-    agent, metrics = state.agent.update(critic_targets, batch.obs, asked, agent_key)
+    agent, metrics = state.agent.update(critic_targets, obs, asked, agent_key)
 
     return agent, metrics | _target_metrics(critic_targets, recipe)
+
+
+def shared_targets(shared: Shared, state: TrainState, config: TargetsConfig, key: Key) -> CriticTargets:
+    """The rows of a shared rollout, as many as it has starts: real steps, expanded by all that follows, and
+    from the other starts the rollout's own first steps, expanded by the rest."""
+    if shared.real is None:
+        return targets.estimate(shared.first, shared.later, estimator_fns(state, key), config)
+    count, size = len(shared.real.reward), len(shared.first.reward)
+    real_key, key = jax.random.split(key)
+    of_real: Imagined = jax.tree.map(lambda x: x[:, :count], shared.whole)
+    real = targets.estimate(shared.real, of_real, estimator_fns(state, real_key), config)
+    if count == size:
+        return real
+    first: Transition = jax.tree.map(lambda x: x[count:], shared.first)
+    later: Imagined = jax.tree.map(lambda x: x[:, count:], shared.later)
+    imagined = targets.estimate(first, later, estimator_fns(state, key), config)
+    return targets.joined(real, imagined, count / size)
 
 
 def told_gains(state: TrainState, recipe: Recipe, batch: Transition, ahead: Imagined | Segment) -> TrainState:

@@ -26,6 +26,7 @@ from mve.targets.base import (
     VARIANCE_FLOOR,
     TargetsConfig,
     candidate_returns,
+    joined,
     real_row,
     returns_to_go,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "geometric_weights",
     "inverse_covariance_weights",
     "inverse_variance_weights",
+    "joined",
     "lambda_return",
     "mve",
     "mve_tdk",

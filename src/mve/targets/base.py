@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from mve.types import Count, CriticTargets, Discount, Transition, Unit
@@ -125,4 +126,24 @@ def real_row(
         value=batch.reward + discount * batch.continuation * value,
         weight=jnp.full_like(batch.reward, 1.0 / batch.reward.shape[0]),
         horizon_weight=horizon_weight,
+    )
+
+
+def joined(one: CriticTargets, other: CriticTargets, share: float) -> CriticTargets:
+    """The rows of two batches as one, in which the first counts for so much, the other for the rest.
+
+    Horizons that only one of them has got are none of the other's.
+    """
+
+    def mixed(a: Array | np.ndarray, b: Array | np.ndarray) -> Array:
+        longest = max(len(a), len(b))
+        a, b = (jnp.pad(jnp.asarray(x), (0, longest - len(x))) for x in (a, b))
+        return share * a + (1.0 - share) * b
+
+    return CriticTargets(
+        obs=jnp.concatenate([one.obs, other.obs]),
+        action=jnp.concatenate([one.action, other.action]),
+        value=jnp.concatenate([one.value, other.value]),
+        weight=jnp.concatenate([share * one.weight, (1.0 - share) * other.weight]),
+        horizon_weight=mixed(one.horizon_weight, other.horizon_weight),
     )
