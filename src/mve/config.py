@@ -11,9 +11,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import chain
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 from mve.agents import AGENTS, AgentConfig
 from mve.dynamics import DynamicsConfig
@@ -56,6 +57,9 @@ class TrainConfig:
     where the environment is on the device too: there it never does.)"""
     warmup: Literal["uniform", "policy"] = "uniform"
     """Actions before learning starts: uniform, or the untrained exploration policy (the paper's code)."""
+    hold_steps: Annotated[int, Meta(ge=1, le=1000)] = 1
+    """Environment steps that a draw of exploration noise, or a random action, stays at most; how many is
+    drawn, n with probability proportional to n^-2 (FlashSAC: 16). None stays beyond its block."""
     checkpoint_interval: Positive = 5000
     """Environment steps between checkpoints; one is always written at the end."""
     matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"

@@ -19,6 +19,19 @@ LOG_TWO_PI = math.log(2.0 * math.pi)
 LARGEST_ACTION = 1.0 - 1e-6  # before atanh: in single precision tanh is 1 from 9 on
 
 
+def held(draws: Any, uniform: Any, longest: int) -> Any:
+    """Draws (T, ...), each of which stays for n <= `longest` steps, with probability proportional to n^-2.
+
+    Independent draws at every step shake a body with inertia more than they move it; held ones take it to
+    other states (Kim et al. 2026, arXiv 2604.04539, who hold for 16 steps at most). `uniform` (T,) in [0, 1)
+    decides on the lengths. One row more or less changes nothing of those before it.
+    """
+    xp, share = array_module(draws), np.arange(1, longest + 1) ** -2.0
+    up_to = np.cumsum(share / share.sum())[:-1]
+    length = 1 + xp.searchsorted(xp.asarray(up_to), uniform, side="right")
+    return draws[xp.searchsorted(xp.cumsum(length), xp.arange(len(draws)), side="right")]
+
+
 class DeterministicActor(eqx.Module):
     """a = tanh(net(s))."""
 

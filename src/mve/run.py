@@ -32,7 +32,7 @@ from mve.envs.stepped import Here, Restarts, Stepped
 from mve.envs.worker import Worker
 from mve.evaluate import LONGEST_EPISODE, Evaluation, evaluate
 from mve.imagine import ImaginationConfig
-from mve.policies import Policy
+from mve.policies import Policy, held
 from mve.state import Capacity, Progress, Recipe
 from mve.types import DivergedError, Json, Known, RewardFn, StepFn, TerminationFn, Transition, UserError
 
@@ -73,6 +73,7 @@ class Run:
             self.spec,
             built.seed,
             built.train.block_steps,
+            hold_steps=built.train.hold_steps,
             truncation_is_terminal=built.env.truncation_is_terminal,
             keeps_density=built.targets.reads_segments,
         )
@@ -177,14 +178,19 @@ class Run:
 
     def _random(self, rng: np.random.Generator) -> HostPolicy:
         size = self.config.train.block_steps
-        blocks = (host.random_actions(self.action_space, rng, size) for _ in count())
+        blocks = (self._held(host.random_actions(self.action_space, rng, size), rng) for _ in count())
         actions = chain.from_iterable(blocks)
         return lambda obs: next(actions)
 
     def _exploring(self, policy: Policy, rng: np.random.Generator) -> HostPolicy:
         shape = (self.config.train.block_steps, self.spec.action_size)
-        noise = chain.from_iterable(rng.standard_normal(shape, np.float32) for _ in count())
+        blocks = (self._held(rng.standard_normal(shape, np.float32), rng) for _ in count())
+        noise = chain.from_iterable(blocks)
         return lambda obs: policy(obs, next(noise))
+
+    def _held(self, draws: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        longest = self.config.train.hold_steps
+        return held(draws, rng.random(len(draws)), longest) if longest > 1 else draws
 
     def _exploration_draws(self, step: int) -> np.random.Generator:
         return np.random.default_rng([EXPLORATION_STREAM, self.config.seed, step])

@@ -20,10 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mve.envs import host
 from mve.envs.native import NativeTask
-from mve.policies import Policy
+from mve.policies import Policy, held
 from mve.types import Key, Transition
 
-BEGINNING, CHANCE, NOISE, WARM_UP, EVALUATION = range(5)  # streams of draws from a run's key
+BEGINNING, CHANCE, NOISE, WARM_UP, EVALUATION, HOLD = range(6)  # streams of draws from a run's key
 traces: Counter[DeviceTask] = Counter()  # how often `collect` has been traced
 
 
@@ -66,6 +66,7 @@ class DeviceTask:
     task: NativeTask
     block_steps: int
     limit: int | None  # steps of an episode
+    hold_steps: int = 1
     truncation_is_terminal: bool = False
     keeps_density: bool = False  # of the actions, under the policy that took them
 
@@ -119,7 +120,11 @@ def _draws(env: DeviceTask, key: Key, start: Array) -> tuple[Key, Array, Array]:
         random = jax.nn.one_hot(jax.random.randint(warm_up, size[:1], 0, size[1]), size[1])
     else:
         random = jax.random.uniform(warm_up, size, minval=-1.0)
-    return jax.random.split(chance, env.block_steps), jax.random.normal(noise, size), random
+    normal = jax.random.normal(noise, size)
+    if env.hold_steps > 1:
+        lengths = jax.random.uniform(jax.random.fold_in(noise, HOLD), size[:1])
+        normal, random = (held(draws, lengths, env.hold_steps) for draws in (normal, random))
+    return jax.random.split(chance, env.block_steps), normal, random
 
 
 def _step(

@@ -105,7 +105,7 @@ def _plain(leaf: Any) -> Any:
 
 
 def of(
-    instance: gym.Env[Any, Any], spec: EnvSpec, seed: int, block_steps: int, **settings: bool
+    instance: gym.Env[Any, Any], spec: EnvSpec, seed: int, block_steps: int, **settings: Any
 ) -> DeviceEnv | None:
     """The environment on the device that `instance` shows; None where there is none."""
     if (task := task_of(instance)) is None:
