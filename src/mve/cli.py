@@ -25,7 +25,8 @@ from rich.text import Text
 from tyro.conf import Positional, UseAppendAction, arg
 
 from mve.interrupt import leave_at_second_ctrl_c
-from mve.usage import UsageError, one_line, parse
+from mve.messages import one_line, what_failed
+from mve.usage import UsageError, parse
 
 if TYPE_CHECKING:
     from mve.checkpoint import Which
@@ -549,7 +550,7 @@ def _function(flag: str, place: str | None) -> Callable[..., Any] | None:
     try:
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
     except Exception as error:  # whatever their file raises
-        raise UserError(f"--{flag} {place}: {path} fails; {type(error).__name__}: {error}") from error
+        raise UserError(f"--{flag} {place}: {path} fails; {what_failed(error)}") from error
     found = getattr(module, name, None)
     if not callable(found):
         problem = "is not a function" if hasattr(module, name) else "is not there"

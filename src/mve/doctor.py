@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from mve.messages import what_failed
+
 SMALLEST_MEMORY_GB, SMALLEST_DISK_GB = 2.0, 1.0
 
 
@@ -72,7 +74,7 @@ def _check_drawing() -> Iterator[Finding]:
         Figure().savefig(io.BytesIO(), format="png")
         yield Finding("matplotlib", "ok", f"{_installed('matplotlib')} draws")
     except Exception as error:  # whatever is wrong with it, the doctor reports it and goes on
-        yield Finding("matplotlib", "fail", _reason(error))
+        yield Finding("matplotlib", "fail", what_failed(error))
 
 
 def _check_mujoco() -> Iterator[Finding]:
@@ -88,7 +90,7 @@ def _check_mujoco() -> Iterator[Finding]:
             env.close()
         yield Finding("HalfCheetah-v5", "ok", "steps")
     except Exception as error:
-        yield Finding("HalfCheetah-v5", "fail", _reason(error))
+        yield Finding("HalfCheetah-v5", "fail", what_failed(error))
 
 
 def _check_room() -> Iterator[Finding]:
@@ -99,10 +101,6 @@ def _check_room() -> Iterator[Finding]:
     yield _room("free disk", shutil.disk_usage(".").free, SMALLEST_DISK_GB)
     if not os.access(".", os.W_OK):
         yield Finding("this folder", "warn", f"{Path.cwd()} is not writable; use --run-dir DIR")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _room(what: str, size: int, least_gb: float) -> Finding:

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, subcommand
 
+from mve.messages import one_line
+
 
 class UsageError(Exception):
     """The command line itself cannot be read."""
@@ -66,7 +68,3 @@ def _complaint(boxed: str, command: str) -> str:
     near = next((section[1] for section in sections if section[0].startswith("Perhaps you meant")), "")
     hint = f"; did you mean {near.split()[0].rstrip(',')}?" if near.startswith("--") else ""
     return f"{text[:1].lower()}{text[1:].rstrip('.')}{hint}; see `mve {command} --help`"
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -14,6 +14,7 @@ import msgspec
 from mve import files
 from mve.checkpoint.segments import Segment
 from mve.files import DamagedError, Written
+from mve.messages import what_failed
 from mve.types import Count, Json, UserError
 
 FORMAT = 2
@@ -83,7 +84,7 @@ def read(path: Path) -> Manifest:
     except OSError as error:
         raise DamagedError(f"{FACTS}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, msgspec.MsgspecError) as error:
-        raise DamagedError(f"{FACTS}: {type(error).__name__}: {error}") from error
+        raise DamagedError(f"{FACTS}: {what_failed(error)}") from error
     if type(step := manifest.facts.get("num_env_steps")) is not int or step != step_of(path):
         raise DamagedError(f"{FACTS} is of step {step}")
     return manifest

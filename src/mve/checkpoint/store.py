@@ -32,6 +32,7 @@ from mve.checkpoint.frozen import Frozen, freeze, is_key, named_leaves
 from mve.checkpoint.manifest import FACTS, FORMAT, REPLACED, TENSORS, Manifest, Rows, Tensor
 from mve.checkpoint.segments import Segment
 from mve.files import DamagedError
+from mve.messages import what_failed
 from mve.types import Json, UserError
 
 KEPT = 2
@@ -171,7 +172,7 @@ def _template(template_of: Callable[[Json], PyTree], facts: Json) -> PyTree:
     try:
         return template_of(facts)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise DamagedError(f"{FACTS}: {type(error).__name__}: {error}") from error
+        raise DamagedError(f"{FACTS}: {what_failed(error)}") from error
 
 
 def latest(folder: Path) -> Path | None:

@@ -20,6 +20,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box
 
+from mve.messages import one_line, what_failed
 from mve.types import UserError
 
 PREFIX = "dmc/"
@@ -84,7 +85,7 @@ class ControlSuite(gym.Env[np.ndarray, np.ndarray]):
         except RuntimeError as error:  # PhysicsError is one; so is a missing renderer
             # quadruped-escape hands its terrain to the renderer, seen or not.
             hint = "; this task needs a renderer: set MUJOCO_GL=egl" if "OpenGL" in str(error) else ""
-            raise UserError(f"{self._name}: {_one_line(error).rstrip('.')}{hint}") from error
+            raise UserError(f"{self._name}: {one_line(error).rstrip('.')}{hint}") from error
 
     def close(self) -> None:
         self._env.close()
@@ -123,9 +124,8 @@ def _load(name: str, domain: str, task: str) -> Any:
 
 def _broken(name: str, error: Exception) -> UserError:
     """Whatever dm-control raises where it does not fit the MuJoCo that is installed."""
-    reason = f"{type(error).__name__}: {_one_line(error)}"
     return UserError(
-        f"cannot make {name}: dm-control fails with {reason}; "
+        f"cannot make {name}: dm-control fails with {what_failed(error)}; "
         'versions that fit each other come by pip install "mve[dmc]"'
     )
 
@@ -149,7 +149,3 @@ def _undisturbed() -> Iterator[None]:
         native.set_mju_user_warning(warn)
         if chosen is None:
             del os.environ["MUJOCO_GL"]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

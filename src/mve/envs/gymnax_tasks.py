@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from mve.envs import known
 from mve.envs.native import NativeStep, NativeTask, as_features, check_name
+from mve.messages import what_failed
 from mve.types import Key, Known, UserError
 
 PREFIX = "gymnax/"
@@ -33,8 +34,7 @@ def make(name: str, kwargs: dict[str, Any]) -> NativeTask:
         env, params = gymnax.make(own, **{k: v for k, v in kwargs.items() if k not in of_params})
         return Gymnax(name, env, params.replace(**of_params))
     except Exception as error:  # whatever its constructor raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"cannot make environment '{name}': {reason}") from error
+        raise UserError(f"cannot make environment '{name}': {what_failed(error)}") from error
 
 
 def _gymnax(name: str) -> Any:

@@ -18,7 +18,8 @@ from mve.envs import control_suite, native
 from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
 from mve.envs.known import known_functions, name_of
 from mve.envs.portable import described
-from mve.envs.stepped import Fault, Here, Restarts, Stepped, one_line
+from mve.envs.stepped import Fault, Here, Restarts, Stepped
+from mve.messages import one_line
 from mve.types import FaultError, Known, RewardFn, TerminationFn, Transition, UserError
 
 ActionSpace: TypeAlias = Box | Discrete

@@ -15,6 +15,7 @@ from gymnasium.spaces import Box
 from jaxtyping import Array
 
 from mve.envs.native import NativeStep, NativeTask, as_features, check_name
+from mve.messages import what_failed
 from mve.types import Key, UserError
 
 PREFIX = "playground/"
@@ -27,8 +28,7 @@ def make(name: str, kwargs: dict[str, Any]) -> NativeTask:
     try:
         return Playground(name, registry.load(name.removeprefix(PREFIX), config_overrides=kwargs or None))
     except Exception as error:  # whatever its constructor raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"cannot make environment '{name}': {reason}") from error
+        raise UserError(f"cannot make environment '{name}': {what_failed(error)}") from error
 
 
 def _registry(name: str) -> Any:
@@ -37,9 +37,9 @@ def _registry(name: str) -> Any:
     except ImportError as error:
         raise UserError(f'{name} needs the extra: pip install "mve[mjx]" ({error})') from error
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f'{name}: mujoco_playground fails with {reason}; versions that fit come by pip install "mve[mjx]"'
+            f"{name}: mujoco_playground fails with {what_failed(error)}; "
+            'versions that fit come by pip install "mve[mjx]"'
         ) from error
     return registry
 

@@ -27,6 +27,7 @@ from mve.envs import remembered
 from mve.envs.base import Snapshot
 from mve.envs.known import class_name, name_of
 from mve.envs.portable import Arrays, NotPortableError, described, pack, unpack
+from mve.messages import what_failed
 from mve.types import Json, UserError
 
 FORMAT = 1
@@ -69,7 +70,7 @@ def restore(env: Layer, snapshot: Snapshot) -> None:
         for apply in own:
             apply()
     except Exception as error:
-        raise UserError(f"{name}: its restore(data) failed: {_one_line(error)}") from error
+        raise UserError(f"{name}: its restore(data) failed: {what_failed(error)}") from error
     for apply in settings:
         apply()
 
@@ -103,10 +104,6 @@ def mismatch(env: Layer, other: Layer, seed: int = 0) -> str | None:
         if (first[2] or first[3]) and _first_difference(env.reset()[:1], other.reset()[:1]):
             return f"observation of the reset after step {step} after the snapshot"
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _layers(env: Layer) -> list[Layer]:
@@ -165,7 +162,7 @@ def _own(layer: Any) -> dict[str, Any]:
     try:
         data = layer.snapshot()
     except Exception as error:
-        raise NotPortableError(f"{class_name(layer)}: its snapshot() failed: {_one_line(error)}") from error
+        raise NotPortableError(f"{class_name(layer)}: its snapshot() failed: {what_failed(error)}") from error
     if type(data) is not dict:
         raise NotPortableError(
             f"{class_name(layer)}: its snapshot() returned {type(data).__name__}, not dict"

@@ -15,6 +15,7 @@ import numpy as np
 
 from mve.envs import snapshot as snapshots
 from mve.envs.base import EnvConfig, Snapshot
+from mve.messages import one_line, what_failed
 from mve.types import UserError
 
 
@@ -114,7 +115,7 @@ class Here:
         except UserError as error:  # ours, such as of a simulation that failed: says enough
             raise self._fault(one_line(error)) from error
         except Exception as error:
-            raise self._fault(f"it raised {type(error).__name__}: {one_line(error)}") from error
+            raise self._fault(f"it raised {what_failed(error)}") from error
 
     def _obs(self, obs: Any) -> np.ndarray:
         if (array := _real(obs)) is None:
@@ -190,8 +191,3 @@ def _real(value: Any) -> np.ndarray | None:
 def _shown(value: Any) -> str:
     text = one_line(repr(value))
     return f"{text if len(text) <= 40 else f'{text[:40]}...'}, a {type(value).__name__}"
-
-
-def one_line(x: object) -> str:
-    """Its text without line breaks; the name of its type where it has none."""
-    return " ".join(str(x).split()) or type(x).__name__
