@@ -37,7 +37,9 @@ TINY = [
 
 
 def train_tiny(folder: Path, *more: str) -> int:
-    return main(["train", "Pendulum-v1", "--run-dir", str(folder), "--set", *TINY, *more])
+    return main(
+        ["train", "Pendulum-v1", "--algo", "mve-sac", "--run-dir", str(folder), "--set", *TINY, *more]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +152,7 @@ def test_what_tyro_says_is_one_line_in_any_encoding() -> None:
         ("train Pendulum-v11", ["Pendulum-v11", "Pendulum-v1"]),
         ("train Pendulm-v1", ["unknown environment 'Pendulm-v1'", "nearest: Pendulum-v1"]),
         ("train CartPole-v1 --algo sac", ["CartPole-v1 has 2 discrete actions", "use --algo mve-dqn"]),
-        ("train Pendulum-v1 --algo dqn", ["Pendulum-v1 has 1 continuous action, ", "use --algo mve-sac"]),
+        ("train Pendulum-v1 --algo dqn", ["Pendulum-v1 has 1 continuous action, ", "use --algo mve-svg"]),
         ("train FrozenLake-v1", ["FrozenLake-v1", "observation space"]),
         ("train Pendulum-v1 --algo mve-sca", ["unknown algorithm 'mve-sca'", "nearest: mve-sac"]),
         ("train Pendulum-v1 --set dynamics.membres=3", ["dynamics.membres", "nearest: members"]),
@@ -268,7 +270,7 @@ def test_resume_goes_on_where_the_run_stopped(run: Path, capsys: pytest.CaptureF
 
 
 def test_a_run_is_not_trained_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, "train", "Pendulum-v1", "--run-dir", "run", "--set", *TINY)
+    message = refused(capsys, "train", "Pendulum-v1", "--algo", "mve-sac", "--run-dir", "run", "--set", *TINY)
     assert "already holds a run" in message
 
 
@@ -316,7 +318,8 @@ def test_a_signal_saves_and_the_run_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    argv = [sys.executable, "-m", "mve", "train", "Pendulum-v1", "--run-dir", "run", "--steps", "100000"]
+    argv = [sys.executable, "-m", "mve", "train", "Pendulum-v1", "--algo", "mve-sac"]
+    argv += ["--run-dir", "run", "--steps", "100000"]
     training = subprocess.Popen([*argv, "--set", *TINY], stderr=subprocess.PIPE, text=True)
     assert training.stderr is not None
     training.stderr.readline()  # what the run is
@@ -337,7 +340,18 @@ def test_several_seeds_train_and_resume_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    argv = ["train", "Pendulum-v1", "--run-dir", "run", "--steps", "200", "--seeds", "0..1"]
+    argv = [
+        "train",
+        "Pendulum-v1",
+        "--algo",
+        "mve-sac",
+        "--run-dir",
+        "run",
+        "--steps",
+        "200",
+        "--seeds",
+        "0..1",
+    ]
     assert main([*argv, "--set", *TINY]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("evaluation   ")

@@ -91,7 +91,7 @@ def test_the_users_settings_win_over_the_preset() -> None:
 
 def test_without_a_name_it_is_mve_on_sac() -> None:
     assert (
-        build("Pendulum-v1") == build("Pendulum-v1", config.DEFAULT_ALGO) == build("Pendulum-v1", "mve-sac")
+        build("Pendulum-v1") == build("Pendulum-v1", config.DEFAULT_ALGO) == build("Pendulum-v1", "mve-svg")
     )
 
 

@@ -314,13 +314,16 @@ TINY = [
 ]
 
 
+CARTPOLE = ("train", "dmc/cartpole-swingup", "--algo", "mve-sac")
+
+
 @NEEDS_EXTRA
 def test_a_run_is_trained_evaluated_resumed_and_diagnosed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = "runs/dmc-cartpole-swingup/mve-sac/seed-0"
-    assert main(["train", "dmc/cartpole-swingup", "--steps", "1200", "--quiet", "--set", *TINY]) == 0
+    assert main([*CARTPOLE, "--steps", "1200", "--quiet", "--set", *TINY]) == 0
     assert json.loads(Path(run, "config.json").read_text())["env"]["id"] == "dmc/cartpole-swingup"
     assert json.loads(Path(run, "versions.json").read_text())["dm-control"] is not None
     capsys.readouterr()
@@ -335,7 +338,7 @@ def test_a_run_is_trained_evaluated_resumed_and_diagnosed(
 
 @NEEDS_EXTRA
 def test_the_suite_is_no_oracle(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "dmc/cartpole-swingup", "--set", "dynamics.kind=oracle"]) == 2
+    assert main([*CARTPOLE, "--set", "dynamics.kind=oracle"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "dmc/cartpole-swingup cannot be set to a state" in err

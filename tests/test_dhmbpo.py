@@ -482,6 +482,17 @@ def test_the_discount_may_come_from_the_episodes_length(limit: int | None, disco
 # --- The model's weight decay ---
 
 
+def test_the_warm_up_is_a_fifth_of_the_budget_if_so_wanted() -> None:
+    settings = [f"{name}=auto" for name in ("train.learning_starts", "train.initial_updates")]
+    asked = build("Pendulum-v1", "sac", [*settings, "dynamics.learning_starts=auto"])
+    for budget, starts in ((5000, 1000), (25_000, 5000), (1_000_000, 5000)):
+        of_budget = replace(asked, train=replace(asked.train, total_steps=budget))
+        built = schedule.with_budgets(of_budget, 200)
+        assert (built.train.learning_starts, built.train.initial_updates) == (starts, starts)
+        assert built.dynamics.learning_starts == starts
+        assert schedule.with_budgets(built, 200) == built
+
+
 def test_weights_decay_by_layer() -> None:
     config = DynamicsConfig(
         hidden=(4,), members=2, weight_decay=0.5, weight_decay_by_layer=(0.25, 1.0), learning_rate=0.1

@@ -324,7 +324,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that remembers sixty random steps and has learned nothing: no compilation to wait for."""
-    learner = Learner("Pendulum-v1", settings=TINY, quiet=True)
+    learner = Learner("Pendulum-v1", "mve-sac", settings=TINY, quiet=True)
     rng, state = np.random.default_rng(0), learner.state
     block, _ = learner.run.env.collect(lambda obs: rng.uniform(-1, 1, 1), 60)
     rows, num_rows = jax.tree.map(jnp.asarray, block), jnp.int32(60)
@@ -466,7 +466,7 @@ def test_a_diagnosis_of_the_replay_takes_no_step(tmp_path: Path) -> None:
 
 
 def test_a_replay_without_steps_is_refused(tmp_path: Path) -> None:
-    learner = Learner("Pendulum-v1", settings=TINY, run_dir=tmp_path / "none", quiet=True)
+    learner = Learner("Pendulum-v1", "mve-sac", settings=TINY, run_dir=tmp_path / "none", quiet=True)
     with pytest.raises(UserError, match="remembers no steps yet"):
         diagnose.diagnose(learner, 1, from_replay=True)
 
@@ -474,7 +474,7 @@ def test_a_replay_without_steps_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("estimator", ["steve", "calibrated"])
 def test_weights_that_differ_by_state_are_reported_as_their_mean(estimator: str) -> None:
     settings = [*TINY, f"targets.estimator={estimator}", "targets.horizon_steps=2"]
-    learner = Learner("Pendulum-v1", settings=settings, quiet=True)
+    learner = Learner("Pendulum-v1", "mve-sac", settings=settings, quiet=True)
     state = learner.state
     assert state.model is not None
     block, _ = learner.run.env.collect(lambda obs: np.zeros(1), 40)

@@ -55,7 +55,7 @@ class Echo(Policy):
 
 def collected(folder: Path, policy: Policy | None, *settings: str) -> np.ndarray:
     """Actions of the block at step 40."""
-    run = Learner(Slide(), run_dir=folder, settings=[*SMALL, *settings], quiet=True).run
+    run = Learner(Slide(), "mve-sac", run_dir=folder, settings=[*SMALL, *settings], quiet=True).run
     return np.asarray(run.collect(policy, 40, 20).action)
 
 

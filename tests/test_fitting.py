@@ -232,7 +232,7 @@ EVERYTHING = (
 def test_a_run_with_all_of_it_compiles_once_and_logs_the_last_fit_in_every_record(tmp_path: Path) -> None:
     settings = [*TINY, "train.overlap=false", *(f"dynamics.{setting}" for setting in EVERYTHING)]
     train.learn.clear_cache()
-    learner = Learner(Slide(), run_dir=tmp_path / "run", settings=settings, quiet=True).learn(220)
+    learner = Learner(Slide(), "mve-sac", run_dir=tmp_path / "run", settings=settings, quiet=True).learn(220)
     assert train.learn._cache_size() == 1
     model = learner.state.model
     assert model is not None

@@ -129,7 +129,15 @@ def test_a_run_that_is_killed_at_random_moments_ends_the_same(
     task: str, seeds: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     commands = Commands(tmp_path_factory.getbasetemp() / "cache")
-    train = ["train", task, *(["--seeds", f"0..{seeds - 1}"] if seeds > 1 else []), "--set", *TINY]
+    train = [
+        "train",
+        task,
+        "--algo",
+        "mve-sac",
+        *(["--seeds", f"0..{seeds - 1}"] if seeds > 1 else []),
+        "--set",
+        *TINY,
+    ]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     commands.done(*train, "--run-dir", str(straight))
     moments = killed_and_resumed(commands, train, killed, np.random.default_rng([seeds, len(task)]))

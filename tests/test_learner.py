@@ -65,7 +65,7 @@ class Slide(gym.Env):
 @pytest.fixture(scope="module")
 def learner(tmp_path_factory: pytest.TempPathFactory) -> Learner:
     folder = tmp_path_factory.mktemp("slide") / "run"
-    return Learner(Slide(), run_dir=folder, settings=SMALL, quiet=True).learn(220)
+    return Learner(Slide(), "mve-sac", run_dir=folder, settings=SMALL, quiet=True).learn(220)
 
 
 def test_learning_on_an_instance_counts_real_steps_exactly(learner: Learner) -> None:
@@ -118,9 +118,9 @@ def test_an_evaluation_depends_on_policy_seed_and_step_only(learner: Learner) ->
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(learner: Learner, tmp_path: Path) -> None:
-    again = Learner(Slide(), run_dir=tmp_path / "a", settings=SMALL, quiet=True).learn(220)
+    again = Learner(Slide(), "mve-sac", run_dir=tmp_path / "a", settings=SMALL, quiet=True).learn(220)
     assert eqx.tree_equal(learner.state.agent, again.state.agent)
-    other = Learner(Slide(), run_dir=tmp_path / "b", settings=SMALL, quiet=True, seed=1).learn(220)
+    other = Learner(Slide(), "mve-sac", run_dir=tmp_path / "b", settings=SMALL, quiet=True, seed=1).learn(220)
     assert not eqx.tree_equal(learner.state.agent, other.state.agent)
 
 
@@ -140,12 +140,12 @@ def test_loading_an_instances_run_without_the_instance_says_so(learner: Learner)
 
 def test_a_folder_that_holds_a_run_is_not_written_over(learner: Learner) -> None:
     with pytest.raises(UserError, match="already holds a run"):
-        Learner(Slide(), run_dir=learner.folder, settings=SMALL, quiet=True).learn(220)
+        Learner(Slide(), "mve-sac", run_dir=learner.folder, settings=SMALL, quiet=True).learn(220)
 
 
 def test_a_learner_writes_nothing_before_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Learner("Pendulum-v1", settings=SMALL)
+    Learner("Pendulum-v1", "mve-sac", settings=SMALL)
     assert os.listdir(tmp_path) == []
 
 
@@ -153,7 +153,7 @@ def test_mujoco_leaves_nothing_outside_the_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    learner = Learner("InvertedPendulum-v5", settings=SMALL, run_dir=tmp_path / "run", quiet=True)
+    learner = Learner("InvertedPendulum-v5", "mve-sac", settings=SMALL, run_dir=tmp_path / "run", quiet=True)
     learner.learn(80)
     assert os.listdir(tmp_path) == ["run"]
     assert "deprecated" not in capfd.readouterr().err
@@ -163,14 +163,16 @@ def test_an_evaluation_leaves_nothing_in_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Learner("HalfCheetah-v5", settings=SMALL, quiet=True).evaluate(1)  # its model makes MuJoCo warn
+    Learner("HalfCheetah-v5", "mve-sac", settings=SMALL, quiet=True).evaluate(
+        1
+    )  # its model makes MuJoCo warn
     assert os.listdir(tmp_path) == []
     assert "deprecated" not in capfd.readouterr().err
 
 
 def test_an_evaluation_environment_that_is_given_is_used() -> None:
     given = gym.make("Pendulum-v1", g=5.0)
-    learner = Learner("Pendulum-v1", settings=SMALL, eval_env=given)
+    learner = Learner("Pendulum-v1", "mve-sac", settings=SMALL, eval_env=given)
     assert learner.run.another_env().unwrapped.g == 5.0  # pyright: ignore
 
 
@@ -179,7 +181,9 @@ def test_your_own_functions_are_used_and_asked_for_again(tmp_path: Path) -> None
         del obs, action
         return -jnp.sum(jnp.abs(next_obs), axis=-1)
 
-    mine = Learner(Slide(), run_dir=tmp_path / "run", settings=SMALL, reward_fn=reward, quiet=True).learn(80)
+    mine = Learner(
+        Slide(), "mve-sac", run_dir=tmp_path / "run", settings=SMALL, reward_fn=reward, quiet=True
+    ).learn(80)
     assert mine.recipe.known.reward is not None
     assert mine.recipe.known.termination is None
     with pytest.raises(UserError, match="reward function"):
@@ -191,21 +195,21 @@ def test_a_learner_describes_what_its_model_has_to_learn(learner: Learner) -> No
     assert learner.describe() == (
         "Slide with mve-sac: 2 observations, 1 actions, 220 steps; H = 3, reward learned, termination learned"
     )
-    assert "reward known, termination known" in Learner("Pendulum-v1", settings=SMALL).describe()
-    never = Learner("Pendulum-v1", settings=[*SMALL, "dynamics.termination=never"])
+    assert "reward known, termination known" in Learner("Pendulum-v1", "mve-sac", settings=SMALL).describe()
+    never = Learner("Pendulum-v1", "mve-sac", settings=[*SMALL, "dynamics.termination=never"])
     assert "termination never" in never.describe()
     assert Learner("Pendulum-v1", "sac").describe().endswith("no model")
 
 
 def test_a_budget_in_which_nothing_is_learned_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ends before learning starts"):
-        Learner("Pendulum-v1", run_dir=tmp_path / "run").learn(500)
+        Learner("Pendulum-v1", "mve-sac", run_dir=tmp_path / "run").learn(500)
 
 
 def test_an_agent_may_not_start_before_its_model(tmp_path: Path) -> None:
     settings = [*SMALL, "dynamics.learning_starts=70"]
     with pytest.raises(UserError, match="never fitted"):
-        Learner("Pendulum-v1", run_dir=tmp_path / "run", settings=settings).learn(200)
+        Learner("Pendulum-v1", "mve-sac", run_dir=tmp_path / "run", settings=settings).learn(200)
 
 
 def test_retrace_remembers_how_likely_each_action_was(tmp_path: Path) -> None:
@@ -225,7 +229,7 @@ def test_retrace_remembers_how_likely_each_action_was(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_calibration_goes_into_the_checkpoint_and_the_log(tmp_path: Path) -> None:
     settings = [*SMALL, "targets.estimator=calibrated", "targets.horizon_steps=2"]
-    learner = Learner(Slide(), run_dir=tmp_path / "run", settings=settings, quiet=True).learn(140)
+    learner = Learner(Slide(), "mve-sac", run_dir=tmp_path / "run", settings=settings, quiet=True).learn(140)
     loaded = Learner.load(learner.folder, Slide(), quiet=True)
     assert learner.state.calibration is not None
     assert float(learner.state.calibration.count[1]) > 20
@@ -257,12 +261,12 @@ def test_targets_that_cannot_be_made_are_refused_in_one_line(
 def test_a_memory_smaller_than_a_block_is_refused(tmp_path: Path) -> None:
     settings = [*SMALL, "replay.capacity=10"]
     with pytest.raises(UserError, match="does not hold one block"):
-        Learner("Pendulum-v1", run_dir=tmp_path / "run", settings=settings).learn(200)
+        Learner("Pendulum-v1", "mve-sac", run_dir=tmp_path / "run", settings=settings).learn(200)
 
 
 def test_a_known_function_that_is_asked_for_has_to_exist() -> None:
     with pytest.raises(UserError, match="no reward function is known"):
-        Learner(Slide(), settings=[*SMALL, "dynamics.reward=known"])
+        Learner(Slide(), "mve-sac", settings=[*SMALL, "dynamics.reward=known"])
 
 
 class Choice(Slide):
@@ -285,7 +289,7 @@ class Choice(Slide):
 
 @pytest.mark.slow
 def test_a_choice_of_actions_is_learned_predicted_and_loaded(tmp_path: Path) -> None:
-    learner = Learner(Choice(), run_dir=tmp_path / "run", settings=SMALL, quiet=True).learn(120)
+    learner = Learner(Choice(), "mve-dqn", run_dir=tmp_path / "run", settings=SMALL, quiet=True).learn(120)
     assert learner.config.algo == "mve-dqn"
     action, _ = learner.predict(np.zeros(2))
     assert isinstance(action, np.ndarray)

@@ -17,7 +17,7 @@ def steps_to_solve(task: str, folder: Path, seed: int, horizon: int, budget: int
     settings = [
         *(f"targets.horizon_steps={horizon}", f"train.total_steps={budget}", "evaluate.interval_steps=250")
     ]
-    Learner(task, seed=seed, run_dir=folder, settings=settings, quiet=True).learn()
+    Learner(task, "mve-sac", seed=seed, run_dir=folder, settings=settings, quiet=True).learn()
     rows = read_evaluations(folder)
     means = {step: rows["return"][rows["step"] == step].mean() for step in np.unique(rows["step"])}
     return float(min((step for step, mean in means.items() if mean >= SOLVED[task]), default=np.inf))

@@ -44,7 +44,7 @@ def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path: Path)
         with pytest.raises(
             UserError, match=f"is being written by process {holder.pid} on .*, since .*; stop"
         ):
-            Learner(Slide(), run_dir=tmp_path, settings=SMALL, quiet=True).learn(220)
+            Learner(Slide(), "mve-sac", run_dir=tmp_path, settings=SMALL, quiet=True).learn(220)
         holder.kill()
     assert (tmp_path / lock.LOCK).exists()  # nobody could remove it, and it locks nothing
     with lock.held(tmp_path):

@@ -28,7 +28,9 @@ LOOPED = [
 
 
 def learner(folder: Path, *more: str) -> Learner:
-    return Learner(Slide(), run_dir=folder, settings=[*LOOPED, "train.total_steps=140", *more], quiet=True)
+    return Learner(
+        Slide(), "mve-sac", run_dir=folder, settings=[*LOOPED, "train.total_steps=140", *more], quiet=True
+    )
 
 
 class Collecting:

@@ -28,7 +28,7 @@ REFITS = ("dynamics.interval_steps=50", "dynamics.fits_per_refit=20")
 BURST = ("train.initial_updates=0", "agent.critic_updates=5", "dynamics.weight_decay_by_layer=[0.5,1]")
 
 # One of each family; the others differ in settings that tests of their own are about.
-QUICK = ("mve-sac", "mve-dqn", "retrace-sac", "mbpo", "dhmbpo")
+QUICK = ("mve-sac", "mve-dqn", "retrace-sac", "mbpo", "mve-svg")
 
 
 def settings_of(algo: str) -> list[str]:

@@ -32,7 +32,7 @@ LOOPED = [*SMALL, "train.learning_starts=40", "dynamics.learning_starts=40", "tr
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Learner]:
     folder = tmp_path_factory.mktemp("seeds") / "run"
-    return mve.train_seeds(Slide(), seeds=[0, 3], run_dir=folder, settings=LOOPED, quiet=True)
+    return mve.train_seeds(Slide(), "mve-sac", seeds=[0, 3], run_dir=folder, settings=LOOPED, quiet=True)
 
 
 def same(left: Any, right: Any, **tolerance: float) -> None:
@@ -66,8 +66,8 @@ def test_a_call_for_all_seeds_is_each_ones_own_call_to_rounding() -> None:
 def test_every_seed_acts_as_it_would_alone(trained: list[Learner], tmp_path: Path) -> None:
     """The same episodes and exploration noise, exactly: all rows agree while nothing is learned."""
     frozen = {"settings": [*LOOPED, "train.updates_per_step=0", "train.warmup=policy"], "quiet": True}
-    pair = mve.train_seeds(Slide(), seeds=[0, 3], run_dir=tmp_path / "pair", **frozen)
-    alone = Learner(Slide(), seed=3, run_dir=tmp_path / "run", **frozen).learn()
+    pair = mve.train_seeds(Slide(), "mve-sac", seeds=[0, 3], run_dir=tmp_path / "pair", **frozen)
+    alone = Learner(Slide(), "mve-sac", seed=3, run_dir=tmp_path / "run", **frozen).learn()
     jax.tree.map(np.testing.assert_array_equal, pair[1].state.replay.rows, alone.state.replay.rows)
     assert not eqx.tree_equal(trained[0].state.agent, trained[1].state.agent)
 
@@ -102,7 +102,9 @@ def test_the_same_seeds_repeat_bit_for_bit_and_are_compiled_once(
     trained: list[Learner], tmp_path: Path
 ) -> None:
     before = train.traces[trained[0].recipe]
-    again = mve.train_seeds(Slide(), seeds=[0, 3], run_dir=tmp_path / "run", settings=LOOPED, quiet=True)
+    again = mve.train_seeds(
+        Slide(), "mve-sac", seeds=[0, 3], run_dir=tmp_path / "run", settings=LOOPED, quiet=True
+    )
     assert train.traces[trained[0].recipe] == before
     for one, other in zip(trained, again, strict=True):
         assert eqx.tree_equal(one.progress, other.progress)
@@ -110,7 +112,7 @@ def test_the_same_seeds_repeat_bit_for_bit_and_are_compiled_once(
 
 @pytest.mark.slow
 def test_learning_that_is_compiled_again_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Learner(Slide(), run_dir=tmp_path / "run", settings=LOOPED, quiet=True)
+    run = Learner(Slide(), "mve-sac", run_dir=tmp_path / "run", settings=LOOPED, quiet=True)
     collect = Run.collect
 
     def longer(self: Run, policy: Any, step: int, count: int) -> Any:
@@ -156,7 +158,7 @@ sys.path.insert(0, {tests!r})
 from test_learner import Slide
 from test_seeds import LOOPED
 import mve
-made = mve.train_seeds(Slide(), seeds=[0, 3], run_dir={folder!r}, settings=LOOPED)
+made = mve.train_seeds(Slide(), "mve-sac", seeds=[0, 3], run_dir={folder!r}, settings=LOOPED)
 used = made[0].state.replay.rows.obs.sharding.device_set
 print(len(jax.devices()), len(used))
 """

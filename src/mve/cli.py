@@ -63,7 +63,7 @@ class Train:
     env: Annotated[Positional[str], arg(metavar="ENV")]
     """Gymnasium id, such as Pendulum-v1 or HalfCheetah-v5."""
     algo: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
-    """One of those that `mve list` shows; mve-sac if not given, mve-dqn for discrete actions."""
+    """One of those that `mve list` shows; mve-svg if not given, mve-dqn for discrete actions."""
     steps: Steps = None
     """Environment steps; 25 full-length episodes if not given."""
     seed: Annotated[int | None, arg(metavar="S", help_behavior_hint="")] = None

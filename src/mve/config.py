@@ -24,7 +24,7 @@ from mve.evaluate import EvaluateConfig
 from mve.imagine import ImaginationConfig
 from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO, PRESETS
 from mve.targets import TargetsConfig
-from mve.types import Count, Json, NonNegative, Positive, UserError
+from mve.types import Count, Json, NonNegative, OwnCount, Positive, UserError
 
 LONGEST_SHOWN = 100  # characters of a value in a message
 FORMAT = 2  # of config.json; files that do not say are of format 1
@@ -46,12 +46,14 @@ class TrainConfig:
     """Environment steps; 0: 25 full-length episodes, 25 000 where episodes have no time limit."""
     block_steps: Positive = 20
     """Real steps collected with one policy before learning goes on (paper: 100)."""
-    learning_starts: Count = 1000
-    """Environment steps before the first update of the agent (released code of the paper: 10 000)."""
+    learning_starts: OwnCount = 1000
+    """Environment steps before the first update of the agent (released code of the paper: 10 000). auto: a
+    fifth of the budget, 5000 at most."""
     updates_per_step: NonNegative = 1.0
     """Updates of the agent per environment step (paper: 4)."""
-    initial_updates: Count = 0
-    """Updates of the agent as it begins to learn, on top of the steady rate (DHMBPO: 4000)."""
+    initial_updates: OwnCount = 0
+    """Updates of the agent as it begins to learn, on top of the steady rate (DHMBPO: 4000). auto: as many
+    as steps came before."""
     overlap: bool = True
     """Collect a block while the device learns from the one before: the policy acts one block behind. (Not
     where the environment is on the device too: there it never does.)"""

@@ -13,24 +13,32 @@ from mve.config import Config
 from mve.types import UserError
 
 EPISODES_IN_BUDGET, BUDGET_WITHOUT_LIMIT = 25, 25_000
+LONGEST_WARMUP, WARMUP_SHARE = 5000, 5  # environment steps at most; a fifth of the budget
 SMALLEST_DISCOUNT, LARGEST_DISCOUNT = 0.95, 0.995  # of those that come from the episode's length
 SHORT_BUDGET = 100_000  # environment steps below which evaluations come every 1000 steps
 
 
 def with_budgets(config: Config, max_episode_steps: int | None) -> Config:
-    """Numbers for the settings that depend on the task: in place of 0, or of a discount by the episode."""
+    """Numbers for the settings that depend on the task or the budget: in place of 0, or of a word."""
     default = EPISODES_IN_BUDGET * max_episode_steps if max_episode_steps else BUDGET_WITHOUT_LIMIT
     total = config.train.total_steps or default
     interval = config.evaluate.interval_steps or (1000 if total < SHORT_BUDGET else 5000)
     discount = config.targets.discount
     if discount == "episode":
         discount = discount_of(max_episode_steps)
+    starts = _number(config.train.learning_starts, min(total // WARMUP_SHARE, LONGEST_WARMUP))
+    updates = _number(config.train.initial_updates, starts)
     return replace(
         config,
         targets=replace(config.targets, discount=discount),
-        train=replace(config.train, total_steps=total),
+        train=replace(config.train, total_steps=total, learning_starts=starts, initial_updates=updates),
+        dynamics=replace(config.dynamics, learning_starts=_number(config.dynamics.learning_starts, starts)),
         evaluate=replace(config.evaluate, interval_steps=interval),
     )
+
+
+def _number(setting: int | str, otherwise: int) -> int:
+    return otherwise if isinstance(setting, str) else setting
 
 
 def discount_of(max_episode_steps: int | None) -> float:

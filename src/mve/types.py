@@ -149,9 +149,11 @@ Widths = tuple[Positive, ...]
 Rate = Annotated[float, Meta(gt=0, le=1e3)]
 NonNegative = Annotated[float, Meta(ge=0, le=1e9)]
 Unit = Annotated[float, Meta(ge=0, le=1)]
-if TYPE_CHECKING:
-    Discount: TypeAlias = float  # "episode" is replaced by a number before anything computes with it
+if TYPE_CHECKING:  # their words are replaced by numbers before anything computes with them
+    Discount: TypeAlias = float
+    OwnCount: TypeAlias = int
 else:
     Discount = Unit | Literal["episode"]
+    OwnCount = Count | Literal["auto"]
 Seconds = Annotated[float, Meta(gt=0, le=1e6)]
 Json: TypeAlias = dict[str, Any]

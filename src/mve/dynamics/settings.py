@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mve.networks import Activation
-from mve.types import Count, NonNegative, Positive, Rate, Unit, UserError, Widths
+from mve.types import Count, NonNegative, OwnCount, Positive, Rate, Unit, UserError, Widths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,9 @@ class DynamicsConfig:
     """Minibatches per environment step, for every member (paper: 4). Not read where interval_steps is set."""
     initial_fits: Count = 1000
     """Minibatches when fitting begins, on top of the steady rate or the refits (paper: 0)."""
-    learning_starts: Count = 1000
-    """Environment steps before the first fit (released code of the paper: 5000)."""
+    learning_starts: OwnCount = 1000
+    """Environment steps before the first fit (released code of the paper: 5000). auto: as many as before
+    the agent learns."""
     interval_steps: Count = 0
     """Environment steps between refits (MBPO: 250); 0: fit steadily, with every block of real steps."""
     fits_per_refit: Positive = 250
