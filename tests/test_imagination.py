@@ -227,3 +227,20 @@ def test_with_the_exact_model_and_value_the_objective_is_the_value_at_any_depth(
             policy, value, obs, jax.random.key(1)
         )
         np.testing.assert_allclose(total, LINEAR.value(obs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("capacity", [1000, 400])
+def test_recent_rows_are_drawn_more_often_if_so_set(capacity: int) -> None:
+    """At 2, half of what is drawn is of the newest quarter; also in a ring that has wrapped."""
+    memory = replay.init(capacity, 1, 1)
+    rows = Transition(*(jnp.zeros((500, *leaf.shape[1:]), leaf.dtype) for leaf in memory.rows))
+    rows = rows._replace(step=jnp.arange(500))
+    memory = replay.add(memory, rows, jnp.ones(500, bool))
+    size = min(capacity, 500)
+    age = 499 - np.asarray(replay.sample(memory, (20_000,), jax.random.key(0), recency=2.0).step)
+    assert (age.min(), age.max()) == (0, size - 1)
+    for share in (0.01, 0.25, 0.5):
+        assert np.mean(age < share * size) == pytest.approx(share**0.5, abs=0.02)
+    alike = replay.sample(memory, (50,), jax.random.key(0))
+    again = replay.sample(memory, (50,), jax.random.key(0), recency=1.0)
+    np.testing.assert_array_equal(alike.step, again.step)

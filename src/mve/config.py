@@ -36,6 +36,9 @@ class ReplayConfig:
 
     capacity: Positive = 1_000_000
     """Transitions kept, at most; no more is ever allocated than the budget of steps can fill."""
+    recency: Annotated[float, Meta(ge=1, le=100)] = 1.0
+    """1: all rows are drawn alike, for the model, for rollouts' starts and for updates. p above 1: those of a
+    share x of all that are newest with probability x^(1/p). (retrace draws alike.)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,9 +33,9 @@ def sample_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
     """A batch of real transitions or, where imagined ones are kept, its share of both."""
     size, imagination = recipe.agent.batch_size, recipe.imagination
     if state.imagined is None:
-        return replay.sample(state.replay, (size,), key)
+        return replay.sample(state.replay, (size,), key, recency=recipe.recency)
     real_key, imagined_key, share_key, step_key = jax.random.split(key, 4)
-    real = replay.sample(state.replay, (size,), real_key)
+    real = replay.sample(state.replay, (size,), real_key, recency=recipe.recency)
     dreamt = _imagined_batch(state, recipe, imagined_key)
     if imagination.first_step == "imagined":
         step_fn = model_step(state, recipe, step_key)
@@ -86,7 +86,8 @@ def imagine_once(state: TrainState, recipe: Recipe, key: Key) -> Shared:
     start = _imagined_batch(state, recipe, start_key)
     real = None
     if recipe.real_rows:
-        real = replay.sample(state.replay, (recipe.real_rows,), jax.random.fold_in(start_key, 1))
+        real_key = jax.random.fold_in(start_key, 1)
+        real = replay.sample(state.replay, (recipe.real_rows,), real_key, recency=recipe.recency)
         start = start._replace(obs=_led_to(real, start.obs))
     actor, policy_of = state.agent.acting()
     step_fn = model_step(state, recipe, rollout_key)
@@ -114,7 +115,7 @@ def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics
     """
     start_key, rollout_key = jax.random.split(key)
     assert state.imagined is not None
-    start = replay.sample(state.replay, (recipe.imagination.starts,), start_key)
+    start = replay.sample(state.replay, (recipe.imagination.starts,), start_key, recency=recipe.recency)
     length = imagine.rollout_length(recipe.imagination, state.num_env_steps)
     policy, step_fn = state.agent.current_policy, model_step(state, recipe, rollout_key)
 

@@ -53,11 +53,25 @@ def add(replay: Replay, block: Transition, keep: Bool[Array, " T"]) -> Replay:
 
 
 def sample(
-    replay: Replay, shape: tuple[int, ...], key: Key, newest: Int[Array, ""] | None = None
+    replay: Replay,
+    shape: tuple[int, ...],
+    key: Key,
+    newest: Int[Array, ""] | None = None,
+    *,
+    recency: float = 1.0,
 ) -> Transition:
-    """Rows drawn uniformly, with replacement, with leading axes `shape`; of the `newest` ones if given."""
-    if newest is None:
+    """Rows drawn with replacement, with leading axes `shape`; of the `newest` ones if given.
+
+    Uniformly, or, with a recency p above 1, those of a share x of all that are newest with probability
+    x^(1/p): at 2, half of what is drawn is of the newest quarter.
+    """
+    if newest is None and recency == 1.0:
         index = jax.random.randint(key, shape, 0, replay.size)
+    elif newest is None:
+        share = jax.random.uniform(key, shape) ** recency
+        age = (replay.size.astype(jnp.float32) * share).astype(jnp.int32)
+        age = jnp.minimum(age, replay.size - 1)
+        index = (replay.position - 1 - age) % replay.capacity
     else:
         age = jax.random.randint(key, shape, 0, jnp.minimum(newest, replay.size))
         index = (replay.position - 1 - age) % replay.capacity

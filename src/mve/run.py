@@ -99,11 +99,15 @@ class Run:
             dynamics=settings.dynamics,
             imagination=settings.imagination,
             targets=settings.targets,
+            recency=settings.replay.recency,
         )
         if settings.dynamics.kind != "oracle" or not recipe.uses_model:
             return recipe
         if settings.agent.model_steps > 0:
-            raise UserError("dynamics.kind=oracle has no gradient, which agent.model_steps > 0 asks for")
+            raise UserError(
+                "dynamics.kind=oracle has no gradient, which agent.model_steps > 0 asks for; set it to 0, "
+                "or use --algo mve-sac"
+            )
         return replace(recipe, simulator=self.simulator())
 
     def describe(self) -> str:

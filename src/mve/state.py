@@ -33,6 +33,7 @@ class Recipe:
     targets: TargetsConfig
     imagination: ImaginationConfig = field(default_factory=ImaginationConfig)
     simulator: StepFn | None = None  # the true dynamics, in place of a fitted model
+    recency: float = 1.0  # of the rows that are drawn from replay
 
     @property
     def uses_model(self) -> bool:

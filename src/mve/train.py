@@ -211,7 +211,7 @@ def learn_block(state: TrainState, block: Transition, due: Due, recipe: Recipe) 
         model = dynamics.observe(model, block, due.rows, recipe.dynamics)
     memory = replay.add(memory, block, jnp.arange(block.reward.shape[0]) < due.rows)
     if model is not None:
-        sample_fn = partial(replay.sample, memory)
+        sample_fn = partial(replay.sample, memory, recency=recipe.recency)
         model, fit_metrics = dynamics.fit(model, sample_fn, recipe.dynamics, due.fits, fit_key)
         metrics |= fit_metrics
     agent = state.agent.observed(block, due.rows)
