@@ -331,7 +331,8 @@ PRESETS: dict[str, Preset] = {
     # What DHMBPO leaves on the table where steps are few. Its critic follows slowly, and on Hopper believed
     # for thousands of steps in rewards that no episode ever came to: gamma 0.99 and targets that follow four
     # times as fast. Half of the rows are real steps, which the same rollouts expand, so that real rewards and
-    # falls count whatever the model says. Two critics do; three imagined steps as well as five.
+    # falls count whatever the model says. What is drawn from replay is mostly recent: the random steps before
+    # learning say little of where the policy now is. Two critics do; three imagined steps as well as five.
     "mve-svg": Preset(
         "MVE for the critic, value gradients for the actor, of the same three imagined steps: the default",
         "ours, after Feinberg et al. 2018, arXiv 1803.00101; Kubo et al. 2025, TMLR",
@@ -342,6 +343,7 @@ PRESETS: dict[str, Preset] = {
             "agent.target_rate": 0.02,
             "targets.discount": 0.99,
             "imagination.real_share": 0.5,
+            "replay.recency": 2.0,
             "train.learning_starts": "auto",
             "train.initial_updates": "auto",
             "dynamics.learning_starts": "auto",
