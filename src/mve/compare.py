@@ -49,7 +49,10 @@ class Score(NamedTuple):
 
 
 def read(paths: Sequence[Path]) -> list[Curve]:
-    """The curves of run folders, of folders of seeds, and of CSV files."""
+    """The curves of run folders, of folders of seeds, and of CSV files.
+
+    The source of a run's is the commit of the code that made it, with a + where it had been changed since.
+    """
     curves: list[Curve] = []
     for path in paths:
         if path.suffix == ".csv":
@@ -74,7 +77,8 @@ def read_named(places: Sequence[str]) -> list[Curve]:
 def _read_run(folder: Path) -> Curve:
     run, versions = read_run(folder), folder / VERSIONS
     facts = read_json(versions) if versions.exists() else {}
-    version = (facts.get("git_commit") or "")[:7] or facts.get("mve")
+    commit = (facts.get("git_commit") or "")[:7]
+    version = f"{commit}{'+' if facts.get('git_dirty') else ''}" if commit else facts.get("mve")
     suite, _, env = run.task.rpartition("/")
     return Curve(
         suite=suite or "gym",
