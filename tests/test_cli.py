@@ -442,8 +442,8 @@ def test_whatever_is_typed_is_answered_in_one_line(words: list[str], command: st
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.chdir(folder)
-        patch.setattr("mve.cli._learn", lambda *_: 0)
-        patch.setattr("mve.cli._learn_together", lambda *_: 0)
+        patch.setattr("mve.commands.training._learn", lambda *_: 0)
+        patch.setattr("mve.commands.training._learn_together", lambda *_: 0)
         for begins in ("check.check", "doctor.examine"):
             patch.setattr(f"mve.{begins}", refuses)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
