@@ -292,6 +292,20 @@ def test_the_temperature_rises_while_entropy_is_below_its_target(target_entropy:
     assert (end.log_temperature > start.log_temperature) == rises
 
 
+def test_the_target_entropy_is_so_much_an_action_unless_it_is_given() -> None:
+    """The temperature's first moment is Adam's share of -(log pi + target): one nat more moves it as much."""
+
+    def moment(**settings: float) -> float:
+        agent = updated(fresh("sac", **settings))
+        assert isinstance(agent, SAC)
+        return float(jax.tree.leaves(agent.temperature_opt)[1])
+
+    assert moment(entropy_per_action=-1.0) == moment() == moment(target_entropy=-float(ACTION))
+    assert moment(entropy_per_action=-0.5) == moment(target_entropy=-0.5 * ACTION)
+    assert moment(entropy_per_action=3.0, target_entropy=-7.0) == moment(target_entropy=-7.0)
+    assert moment(target_entropy=-7.0) - moment(target_entropy=-8.0) == pytest.approx(-0.1, rel=1e-4)
+
+
 # --- DQN ---
 
 

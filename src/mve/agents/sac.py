@@ -54,7 +54,9 @@ class SACConfig(ActorCriticConfig):
     initial_temperature: Rate = 1.0
     """alpha at the start."""
     target_entropy: Annotated[float, Meta(ge=-1e6, le=1e6)] | None = None
-    """In nats; None for minus the number of action dimensions."""
+    """In nats; None for `entropy_per_action` times the number of action dimensions."""
+    entropy_per_action: Annotated[float, Meta(ge=-100, le=100)] = -1.0
+    """In nats, of the target (MBPO: about -0.5, task by task)."""
     target_critics: Count = 0
     """Critics drawn at random for each target, of which the least counts (REDQ, DHMBPO: 2); 0: all."""
     actor_value: Literal["least", "mean"] = "least"
@@ -257,7 +259,9 @@ class SAC(Agent):
         temperature = jnp.exp(self.log_temperature)
         log_density = -bonus / temperature
 
-        target_entropy = -self.action_size if cfg.target_entropy is None else cfg.target_entropy
+        target_entropy = cfg.target_entropy
+        if target_entropy is None:
+            target_entropy = cfg.entropy_per_action * self.action_size
         temperature_gradient = -(log_density + target_entropy)  # of -log_alpha (log pi + target)
         log_temperature, temperature_opt = adam_step(
             cfg.temperature_learning_rate, temperature_gradient, self.temperature_opt, self.log_temperature
