@@ -374,6 +374,7 @@ def test_nothing_is_imagined_from_the_last_state_of_an_episode() -> None:
     np.testing.assert_array_equal(rows.value[:4][over], real.reward[over])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.4, 1.0])
 @pytest.mark.parametrize("estimator", ["mve", "mve_tdk", "lambda", "one_step"])
 def test_every_estimator_of_fixed_weights_may_share_a_rollout(estimator: str, share: float) -> None:
