@@ -41,6 +41,7 @@ def same(left: Any, right: Any, **tolerance: float) -> None:
             np.testing.assert_allclose(a, b, **tolerance)
 
 
+@pytest.mark.slow
 def test_a_call_for_all_seeds_is_each_ones_own_call_to_rounding() -> None:
     """A batched matrix product may sum in another order; nothing else differs."""
     states = [initial_state(recipe(), Capacity(100), seed) for seed in (0, 1)]

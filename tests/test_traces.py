@@ -87,6 +87,7 @@ def test_a_larger_ring_changes_nothing_that_is_learned(trained: TrainState) -> N
     assert eqx.tree_equal(trained.agent, state.agent)
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_take_the_steps_that_each_takes_alone(trained: TrainState) -> None:
     """To rounding: a batched matrix product may sum in another order."""
 
