@@ -191,6 +191,15 @@ def test_your_own_functions_are_used_and_asked_for_again(tmp_path: Path) -> None
     Learner.load(tmp_path / "run", Slide(), reward_fn=reward)
 
 
+def test_the_default_algorithm_heeds_the_users_functions() -> None:
+    def reward(obs: jax.Array, action: jax.Array, next_obs: jax.Array) -> jax.Array:
+        return -jnp.sum(jnp.abs(next_obs), axis=-1)
+
+    mine = Learner(Slide(), settings=["agent.hidden=[16]"], reward_fn=reward, quiet=True)
+    assert mine.recipe.known.reward is not None
+    assert Learner(Slide(), settings=["agent.hidden=[16]"], quiet=True).recipe.known.reward is None
+
+
 def test_a_learner_describes_what_its_model_has_to_learn(learner: Learner) -> None:
     assert learner.describe() == (
         "Slide with mve-sac: 2 observations, 1 actions, 220 steps; H = 3, reward learned, termination learned"

@@ -344,6 +344,7 @@ PRESETS: dict[str, Preset] = {
             "targets.discount": 0.99,
             "imagination.real_share": 0.5,
             "replay.recency": 2.0,
+            "dynamics.reward": "auto",
             "train.learning_starts": "auto",
             "train.initial_updates": "auto",
             "dynamics.learning_starts": "auto",
