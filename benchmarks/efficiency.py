@@ -34,11 +34,18 @@ class Variant(NamedTuple):
 
     algo: str
     settings: tuple[str, ...] = ()
-    changes: str = ""  # in words, for the table
 
 
 VARIANTS = {
     "flagship": Variant("mve-svg"),
+    "no-real-rows": Variant("mve-svg", ("imagination.real_share=0",)),
+    "gamma-0.995": Variant("mve-svg", ("targets.discount=0.995",)),
+    "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),
+    "uniform-replay": Variant("mve-svg", ("replay.recency=1",)),
+    "five-steps": Variant("mve-svg", ("agent.model_steps=5", "targets.horizon_steps=4")),
+    "resets": Variant("mve-svg", ("agent.reset_optimisers=true",)),
+    "mve-sac": Variant("mve-sac"),
+    "dhmbpo": Variant("dhmbpo"),
 }
 
 

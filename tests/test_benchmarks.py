@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from mve.config import build
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 Loaded = dict[str, ModuleType]
@@ -342,3 +344,9 @@ def test_a_run_is_pinned_to_its_core(bench: Loaded) -> None:
     code = "import os; print(sorted(os.sched_getaffinity(0)))"
     asked = bench["efficiency"].pinned([sys.executable, "-c", code], core)
     assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip() == str([core])
+
+
+def test_every_variant_is_a_configuration(bench: Loaded) -> None:
+    for name, variant in bench["efficiency"].VARIANTS.items():
+        built = build("Hopper-v4", variant.algo, [*bench["efficiency"].EVALUATIONS, *variant.settings])
+        assert built.algo == variant.algo, name

@@ -67,13 +67,13 @@ def sample(
     """
     if newest is None and recency == 1.0:
         index = jax.random.randint(key, shape, 0, replay.size)
-    elif newest is None:
-        share = jax.random.uniform(key, shape) ** recency
-        age = (replay.size.astype(jnp.float32) * share).astype(jnp.int32)
-        age = jnp.minimum(age, replay.size - 1)
-        index = (replay.position - 1 - age) % replay.capacity
     else:
-        age = jax.random.randint(key, shape, 0, jnp.minimum(newest, replay.size))
+        if newest is None:
+            share = jax.random.uniform(key, shape) ** recency
+            age = (replay.size.astype(jnp.float32) * share).astype(jnp.int32)
+            age = jnp.minimum(age, replay.size - 1)
+        else:
+            age = jax.random.randint(key, shape, 0, jnp.minimum(newest, replay.size))
         index = (replay.position - 1 - age) % replay.capacity
     return jax.tree.map(lambda ring: ring[index], replay.rows)
 
