@@ -39,7 +39,7 @@ class Variant(NamedTuple):
 VARIANTS = {
     "flagship": Variant("mve-svg"),
     "no-real-rows": Variant("mve-svg", ("imagination.real_share=0",)),
-    "gamma-0.995": Variant("mve-svg", ("targets.discount=0.995",)),
+    "gamma-0.99": Variant("mve-svg", ("targets.discount=0.99",)),
     "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),
     "uniform-replay": Variant("mve-svg", ("replay.recency=1",)),
     "five-steps": Variant("mve-svg", ("agent.model_steps=5", "targets.horizon_steps=4")),
