@@ -43,6 +43,7 @@ VARIANTS = {
     "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),
     "uniform-replay": Variant("mve-svg", ("replay.recency=1",)),
     "five-steps": Variant("mve-svg", ("agent.model_steps=5", "targets.horizon_steps=4")),
+    "four-times-the-fits": Variant("mve-svg", ("dynamics.fits_per_refit=240",)),
     "resets": Variant("mve-svg", ("agent.reset_optimisers=true",)),
     "mve-sac": Variant("mve-sac"),
     "dhmbpo": Variant("dhmbpo"),
