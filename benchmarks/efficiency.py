@@ -5,7 +5,8 @@
 
 `train` keeps a run on every core, pinned to it, until all have had their steps. Interrupt it, move FOLDER to
 another machine, say the same again: what was interrupted goes on from its checkpoints, what is done stays.
-`report` writes every evaluation as a CSV of suite,env,algo,seed,step,return,source, and the tables.
+`report` writes every evaluation as a CSV of suite,env,algo,seed,step,return,source, and the tables: presets
+beside what was published, and the flagship with a setting changed.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 import machine
 import pages
+
+if TYPE_CHECKING:
+    from mve.compare import Curve
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATIONS = ("evaluate.interval_steps=5000", "evaluate.episodes=10")
@@ -36,8 +40,9 @@ class Variant(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
+FLAGSHIP = "flagship"
 VARIANTS = {
-    "flagship": Variant("mve-svg"),
+    FLAGSHIP: Variant("mve-svg"),
     "no-real-rows": Variant("mve-svg", ("imagination.real_share=0",)),
     "gamma-0.99": Variant("mve-svg", ("targets.discount=0.99",)),
     "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),
@@ -131,14 +136,40 @@ def report(root: Path, options: argparse.Namespace) -> int:
     published = [c for c in compare.read([options.published]) if c.env in tasks and c.algo in options.against]
     order = list(VARIANTS)
     curves.sort(key=lambda curve: (curve.env, order.index(curve.algo)))
-    rows = compare.table([*curves, *published], options.at or compare.common_steps(curves))
-    text = "\n\n".join([markdown(compare.HEADER, rows), markdown(TIMES, times(folders))])
+    presets = [curve for curve in curves if not VARIANTS[curve.algo].settings]
+    changed = [curve for curve in curves if VARIANTS[curve.algo].settings]
+    at = options.at or compare.common_steps(presets or curves)
+    parts = [markdown(compare.HEADER, compare.table([*presets, *published], at))]
+    if changed:
+        parts.append(markdown(*ablations(curves, max(at))))
+    text = "\n\n".join([*parts, markdown(TIMES, times(folders))])
     print(text)
-    if options.csv:
-        compare.write_csv(curves, options.csv)
+    for those, path in ((presets, options.csv), (changed, options.ablations_csv)):
+        if path:
+            compare.write_csv(those, path)
     if options.document:
         options.document.write_text(pages.put_figures(options.document.read_text(), text))
     return 0
+
+
+def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: the flagship, and it with a setting changed; each seed's return at a step, by task."""
+    from mve import compare
+
+    tasks = compare.grouped(curves)
+    rows = []
+    for name, variant in VARIANTS.items():
+        groups = [tasks[task].get(name, []) for task in tasks]
+        if name != FLAGSHIP and not (variant.settings and any(groups)):
+            continue
+        cells = []
+        for group in groups:
+            found = compare.score(group, step)
+            seeds = "" if found is None else ", ".join(f"{value:.0f}" for value in np.sort(found.values))
+            spread = "" if found is None or np.isnan(found.low) else f" [{found.low:.0f}, {found.high:.0f}]"
+            cells.append("" if found is None else f"{found.iqm:.0f}{spread}: {seeds}")
+        rows.append((" ".join(variant.settings) or "nothing", *cells))
+    return (f"changed; IQM [95 %]: every seed, at {step}", *tasks), rows
 
 
 TIMES = ("task", "algorithm", "runs", "steps", "minutes a run", "ms a step", "device")
@@ -186,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     reporting.add_argument("--at", nargs="+", type=int, help="steps of the table (the last that all reached)")
     reporting.add_argument("--published", type=Path, default=ROOT / "results" / "published.csv")
     reporting.add_argument("--against", nargs="+", default=["DHMBPO", "MBPO", "MACURA", "DR.Q", "FlashSAC"])
-    reporting.add_argument("--csv", type=Path)
+    reporting.add_argument("--csv", type=Path, help="where the presets' evaluations are to go")
+    reporting.add_argument("--ablations-csv", type=Path, help="where the other variants' are to go")
     reporting.add_argument("--document", type=Path, help="a page whose tables are to be replaced")
     options = parser.parse_args(argv)
     if options.command == "report":

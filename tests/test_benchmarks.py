@@ -311,9 +311,10 @@ def test_evidence_is_told_beside_what_was_published(
     bench: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     efficiency = bench["efficiency"]
-    monkeypatch.setitem(efficiency.VARIANTS, "tiny", efficiency.Variant("sac"))
-    for seed, value in ((0, 10.0), (1, 30.0)):
-        run = tmp_path / "runs" / "Task-v1" / "tiny" / f"seed-{seed}"
+    changed = efficiency.Variant("sac", ("agent.hidden=[8]",))
+    monkeypatch.setattr(efficiency, "VARIANTS", {"flagship": efficiency.Variant("sac"), "small": changed})
+    for name, seed, value in (("flagship", 0, 10.0), ("flagship", 1, 30.0), ("small", 0, 5.0)):
+        run = tmp_path / "runs" / "Task-v1" / name / f"seed-{seed}"
         run.mkdir(parents=True)
         targets = {"estimator": "one_step", "horizon_steps": 0}
         config = {"algo": "sac", "seed": seed, "task": "Task-v1", "targets": targets}
@@ -327,14 +328,22 @@ def test_evidence_is_told_beside_what_was_published(
     page.write_text("Before\n<!-- figures: begin -->\nold\n<!-- figures: end -->\nafter\n")
     asked = ["report", str(tmp_path / "runs"), "--published", str(tmp_path / "published.csv")]
     asked += ["--against", "Rival", "--csv", str(tmp_path / "all.csv"), "--document", str(page)]
+    asked += ["--ablations-csv", str(tmp_path / "changed.csv")]
     assert efficiency.main(asked) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| Task-v1")]
-    assert rows[0].startswith("| Task-v1 | tiny | 100 | 2 | 20 [10, 30] | 20 | 20 | 10 30 |")
+    told = capsys.readouterr().out.splitlines()
+    rows = [line for line in told if line.startswith("| Task-v1")]
+    assert rows[0].startswith("| Task-v1 | flagship | 100 | 2 | 20 [10, 30] | 20 | 20 | 10 30 |")
     assert rows[1].startswith("| Task-v1 | Rival | 100 | 1 | 15 ")
-    assert rows[2] == "| Task-v1 | tiny | 2 | 100 | 2.0 | 1200.0 | A GPU |"
+    assert rows[2] == "| Task-v1 | flagship | 2 | 100 | 2.0 | 1200.0 | A GPU |"
+    changes = told.index("| changed; IQM [95 %]: every seed, at 100 | Task-v1 |")
+    assert told[changes + 2 : changes + 4] == [
+        "| nothing | 20 [10, 30]: 10, 30 |",
+        "| agent.hidden=[8] | 5: 5 |",
+    ]
     assert "old" not in page.read_text()
     assert rows[2] in page.read_text()
-    assert (tmp_path / "all.csv").read_text().splitlines()[1] == "gym,Task-v1,tiny,0,100,10.00,mve:1"
+    assert (tmp_path / "all.csv").read_text().splitlines()[1] == "gym,Task-v1,flagship,0,100,10.00,mve:1"
+    assert (tmp_path / "changed.csv").read_text().splitlines()[1:] == ["gym,Task-v1,small,0,100,5.00,mve:1"]
     assert efficiency.main(["report", str(tmp_path / "nowhere")]) == 2
 
 
