@@ -41,10 +41,12 @@ class Variant(NamedTuple):
 
 
 FLAGSHIP = "flagship"
+BEFORE = ("dynamics.stay_in_data=false", "agent.average_rate=1")  # as it was when the next two were run
 VARIANTS = {
     FLAGSHIP: Variant("mve-svg"),
+    "model-unbounded": Variant("mve-svg", BEFORE),
+    "gamma-0.99": Variant("mve-svg", (*BEFORE, "targets.discount=0.99")),
     "no-real-rows": Variant("mve-svg", ("imagination.real_share=0",)),
-    "gamma-0.99": Variant("mve-svg", ("targets.discount=0.99",)),
     "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),
     "uniform-replay": Variant("mve-svg", ("replay.recency=1",)),
     "five-steps": Variant("mve-svg", ("agent.model_steps=5", "targets.horizon_steps=4")),

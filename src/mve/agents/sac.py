@@ -61,6 +61,10 @@ class SACConfig(ActorCriticConfig):
     """Critics drawn at random for each target, of which the least counts (REDQ, DHMBPO: 2); 0: all."""
     actor_value: Literal["least", "mean"] = "least"
     """Which of the critics' values the actor is to raise (DHMBPO: mean)."""
+    average_rate: Unit = 1.0
+    """Share of the newest actor in the one that is evaluated and kept, per update. Below 1 that one is an
+    exponential average of the actors so far, which wavers less from update to update (ours; of weights:
+    Izmailov et al. 2018, arXiv 1803.05407). Real and imagined steps are taken by the newest actor."""
     value_bounds_rate: Unit = 0.0
     """Where above 0, values are scaled to bounds that move so far towards those of the newest batch at each
     update (DHMBPO: 3e-4), and targets are clipped to them."""
@@ -129,6 +133,7 @@ class SAC(Agent):
     """
 
     actor: GaussianActor
+    average_actor: GaussianActor | None  # None where the actor itself is evaluated
     critic: MLP
     target_critic: MLP
     log_temperature: jax.Array
@@ -149,6 +154,7 @@ class SAC(Agent):
         log_temperature = jnp.log(jnp.float32(config.initial_temperature))
         return cls(
             actor=actor,
+            average_actor=None if config.average_rate == 1.0 else jax.tree.map(jnp.copy, actor),
             critic=critic,
             target_critic=jax.tree.map(jnp.copy, critic),
             log_temperature=log_temperature,
@@ -174,11 +180,12 @@ class SAC(Agent):
         return self._values(self.critic, obs, action)
 
     def policy(self) -> Policy:
-        return ActorPolicy(actor=self.actor, noise_std=jnp.float32(0))
+        actor = self.actor if self.average_actor is None else self.average_actor
+        return ActorPolicy(actor=actor, noise_std=jnp.float32(0))
 
     def exploration_policy(self, key: Key) -> Policy:
         del key
-        return self.policy()  # the Gaussian actor's own noise
+        return ActorPolicy(actor=self.actor, noise_std=jnp.float32(0))  # the Gaussian actor's own noise
 
     def _sample(self, actor: GaussianActor, obs: Array, key: Key) -> tuple[Array, Array]:
         return actor.sample(obs, jax.random.normal(key, (*obs.shape[:-1], self.action_size)))
@@ -266,8 +273,10 @@ class SAC(Agent):
         log_temperature, temperature_opt = adam_step(
             cfg.temperature_learning_rate, temperature_gradient, self.temperature_opt, self.log_temperature
         )
+        average = self.average_actor
         agent = SAC(
             actor=actor,
+            average_actor=None if average is None else polyak(average, actor, cfg.average_rate),
             critic=critic,
             target_critic=target_critic,
             log_temperature=log_temperature,
