@@ -168,7 +168,8 @@ print(len(jax.devices()), len(used))
 def test_two_devices_give_what_one_gives(trained: list[Learner], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     code = ON_DEVICES.format(tests=str(Path(__file__).parent), folder=str(folder))
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    both = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    flags = {"XLA_FLAGS": both, "JAX_PLATFORMS": "cpu"}
     flags["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**os.environ, **flags}
