@@ -158,19 +158,17 @@ def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list
     """Header and rows: the flagship, and it with a setting changed; each seed's return at a step, by task."""
     from mve import compare
 
-    tasks = compare.grouped(curves)
-    rows = []
-    for name, variant in VARIANTS.items():
-        groups = [tasks[task].get(name, []) for task in tasks]
-        if name != FLAGSHIP and not (variant.settings and any(groups)):
-            continue
-        cells = []
-        for group in groups:
-            found = compare.score(group, step)
-            seeds = "" if found is None else ", ".join(f"{value:.0f}" for value in np.sort(found.values))
-            spread = "" if found is None or np.isnan(found.low) else f" [{found.low:.0f}, {found.high:.0f}]"
-            cells.append("" if found is None else f"{found.iqm:.0f}{spread}: {seeds}")
-        rows.append((" ".join(variant.settings) or "nothing", *cells))
+    tasks = list(dict.fromkeys(curve.env for curve in curves))
+    cells = {
+        (task, name): f"{middle}: {seeds.replace(' ', ', ')}"
+        for task, name, _, _, middle, _, _, seeds in compare.table(curves, [step])
+    }
+    run = {curve.algo for curve in curves}
+    rows = [
+        (" ".join(variant.settings) or "nothing", *(cells.get((task, name), "") for task in tasks))
+        for name, variant in VARIANTS.items()
+        if name == FLAGSHIP or (variant.settings and name in run)
+    ]
     return (f"changed; IQM [95 %]: every seed, at {step}", *tasks), rows
 
 
