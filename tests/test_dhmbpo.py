@@ -14,6 +14,7 @@ import pytest
 
 from mve import agents, dynamics, experience, imagine, replay, schedule, targets, train
 from mve.agents import AGENTS, Agent
+from mve.agents.base import action_values
 from mve.agents.sac import SAC, SACConfig, ValueBounds
 from mve.config import build
 from mve.dynamics import DynamicsConfig
@@ -116,6 +117,22 @@ def test_critics_that_start_at_nought_say_the_centre_of_their_bounds() -> None:
     assert centre > 10
     np.testing.assert_allclose(told.action_values(rows.obs, rows.action), centre, rtol=1e-6)
     np.testing.assert_allclose(told.target_action_value(rows.obs, rows.action), centre, rtol=1e-6)
+
+
+def test_no_value_changes_by_its_bounds_alone_where_values_are_preserved() -> None:
+    """By hand: within -1..1 an output of 0.5 is 0.5; within 2..198, centre 100 and width 98, it takes an
+    output of (0.5 - 100) / 98. Then on to bounds that are half way to others."""
+    agent = fresh("sac", value_bounds_rate=0.5, preserve_values=True)
+    rows = some_targets()
+    before = agent.action_values(rows.obs, rows.action), agent.target_action_value(rows.obs, rows.action)
+    first = agent.told(jnp.arange(101.0), 0.5)
+    assert isinstance(agent, SAC)
+    assert isinstance(first, SAC)
+    inner = partial(action_values, obs=rows.obs, action=rows.action)
+    np.testing.assert_allclose(inner(first.critic), (inner(agent.critic) - 100) / 98, rtol=1e-5)
+    for told in (first, first.told(jnp.full(4, -7.0), 0.5)):
+        after = told.action_values(rows.obs, rows.action), told.target_action_value(rows.obs, rows.action)
+        np.testing.assert_allclose(after, before, atol=1e-4)
 
 
 def test_targets_beyond_the_bounds_are_clipped_and_counted() -> None:

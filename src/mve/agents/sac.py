@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
@@ -42,6 +42,7 @@ from mve.types import (
     UserError,
 )
 
+SMALLEST_WIDTH = 1e-6  # of the bounds of values, where all steps have gained the same
 OUTLIERS = 0.01  # share of the steps of a batch on either side that the bounds of values leave out
 
 
@@ -68,6 +69,10 @@ class SACConfig(ActorCriticConfig):
     value_bounds_rate: Unit = 0.0
     """Where above 0, values are scaled to bounds that move so far towards those of the newest batch at each
     update (DHMBPO: 3e-4), and targets are clipped to them."""
+    preserve_values: bool = False
+    """Whether the critics' last layers make up for what the bounds have moved, so that no value changes by
+    that alone (PopArt, van Hasselt et al. 2016, arXiv 1602.07714, section 2.1). Otherwise all values grow
+    with the bounds, those bootstrapped from as well (DHMBPO)."""
 
     @property
     def targets_by_current_actor(self) -> bool:
@@ -111,9 +116,28 @@ class ValueBounds(eqx.Module):
             known=jnp.array(True),
         )
 
+    @property
+    def centre(self) -> Float[Array, ""]:
+        return 0.5 * (self.high + self.low)
+
+    @property
+    def width(self) -> Float[Array, ""]:
+        return 0.5 * (self.high - self.low)
+
     def unscale(self, net: Float[Array, " *batch"]) -> Float[Array, " *batch"]:
         """The value that an output of the net stands for."""
-        return 0.5 * ((self.high + self.low) + (self.high - self.low) * net)
+        return self.centre + self.width * net
+
+    def carried_over(self, critic: MLP, before: ValueBounds) -> MLP:
+        """The critic whose values within these bounds are those of `critic` within other ones."""
+        width = jnp.maximum(self.width, SMALLEST_WIDTH)
+        factor, shift = before.width / width, (before.centre - self.centre) / width
+
+        def last(critic: Any) -> tuple[Any, Any]:
+            return critic.layers[-1].weight, critic.layers[-1].bias
+
+        weight, bias = last(critic)
+        return eqx.tree_at(last, critic, (factor * weight, factor * bias + shift))
 
 
 class SAC(Agent):
@@ -174,7 +198,13 @@ class SAC(Agent):
     def told(self, gain: Array, discount: float) -> SAC:
         if self.bounds is None:
             return self
-        return replace(self, bounds=self.bounds.told(gain, discount, self.config.value_bounds_rate))
+        bounds = self.bounds.told(gain, discount, self.config.value_bounds_rate)
+        if not self.config.preserve_values:
+            return replace(self, bounds=bounds)
+        critic, target_critic = (
+            bounds.carried_over(critic, self.bounds) for critic in (self.critic, self.target_critic)
+        )
+        return replace(self, bounds=bounds, critic=critic, target_critic=target_critic)
 
     def action_values(self, obs: Array, action: Array) -> Array:
         return self._values(self.critic, obs, action)
