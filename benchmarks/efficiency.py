@@ -41,16 +41,20 @@ class Variant(NamedTuple):
 
 
 FLAGSHIP = "flagship"
-BEFORE = ("dynamics.stay_in_data=false", "agent.average_rate=1")  # as it was when the next two were run
+FEWER_FITS = ("dynamics.fits_per_refit=60",)
+# As the flagship was when the next two were run.
+BEFORE = (*FEWER_FITS, "dynamics.stay_in_data=false", "agent.average_rate=1")
 VARIANTS = {
     FLAGSHIP: Variant("mve-svg"),
+    "quarter-of-the-fits": Variant("mve-svg", FEWER_FITS),
     "model-unbounded": Variant("mve-svg", BEFORE),
     "gamma-0.99": Variant("mve-svg", (*BEFORE, "targets.discount=0.99")),
     "no-real-rows": Variant("mve-svg", ("imagination.real_share=0",)),
     "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),
     "uniform-replay": Variant("mve-svg", ("replay.recency=1",)),
     "five-steps": Variant("mve-svg", ("agent.model_steps=5", "targets.horizon_steps=4")),
-    "four-times-the-fits": Variant("mve-svg", ("dynamics.fits_per_refit=240",)),
+    "short-branches": Variant("mve-svg", ("imagination.length=[5,5]",)),
+    "preserved-values": Variant("mve-svg", ("agent.preserve_values=true",)),
     "resets": Variant("mve-svg", ("agent.reset_optimisers=true",)),
     "mve-sac": Variant("mve-sac"),
     "dhmbpo": Variant("dhmbpo"),

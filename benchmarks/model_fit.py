@@ -1,0 +1,107 @@
+"""How well the model is fitted, at what cost: a run's remembered steps once more, without the agent.
+
+    python benchmarks/model_fit.py RUN --try dynamics.fits_per_refit=60 --try dynamics.learning_rate=0.003
+
+The steps that a run remembers come in again, as many at a time as lie between two refits of its model. Each
+lot is judged by a model that has not seen it, then joins the others, and the model is fitted to them all
+(prequential error; Dawid 1984). The first fit is at --start. Every --try is the run's preset with other
+settings (`section.field=value`, several in quotes). Errors are squared and in spreads of the data: medians
+and geometric means over the later half of the lots, after 1, 3 and 5 steps of the actions that were taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mve import config, dynamics, replay
+from mve.config import Config
+from mve.learner import Learner
+from mve.replay import Replay
+from mve.state import Recipe
+from mve.train import ERROR_DEPTHS
+from mve.types import Key, Transition
+
+HEADER = ("settings", *(f"{name}, {k}" for name in ("median", "mean") for k in ERROR_DEPTHS), "ms a step")
+
+
+def errors_and_cost(
+    rows: Transition, recipe: Recipe, asked: Config, start: int, seed: int
+) -> tuple[np.ndarray, float]:
+    """Errors (lots, depths) from the second fit on, and processor milliseconds of fitting a step."""
+    fitting, recency = asked.dynamics, asked.replay.recency
+    lot_steps, num_rows = fitting.interval_steps, rows.reward.shape[0]
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def take_in(
+        model: dynamics.Dynamics, memory: Replay, lot: Transition, fits: jax.Array, key: Key
+    ) -> tuple[dynamics.Dynamics, Replay, dict[int, jax.Array]]:
+        errors = dynamics.open_loop_error(model, lot, jnp.int32(lot_steps), ERROR_DEPTHS)
+        model = dynamics.observe(model, lot, jnp.int32(lot_steps), fitting)
+        memory = replay.add(memory, lot, jnp.ones(lot_steps, bool))
+        model, _ = dynamics.fit(model, partial(replay.sample, memory, recency=recency), fitting, fits, key)
+        return model, memory, errors
+
+    sizes = rows.obs.shape[1], rows.action.shape[1]
+    model = dynamics.init(fitting, recipe.known, *sizes, jax.random.key(seed))
+    memory = replay.init(num_rows, *sizes)
+    errors: list[list[float]] = []
+    seconds: list[float] = []
+    for begin in range(0, num_rows - lot_steps + 1, lot_steps):
+        lot = jax.tree.map(lambda x, begin=begin: x[begin : begin + lot_steps], rows)
+        seen = begin + lot_steps
+        fits = fitting.fits_per_refit if seen >= start else 0
+        first = seen - lot_steps < start <= seen
+        before = time.process_time()
+        model, memory, found = take_in(
+            model, memory, lot, jnp.int32(fits + first * fitting.initial_fits), jax.random.key(seen + seed)
+        )
+        jax.block_until_ready(memory)
+        if fits and not first:
+            errors.append([float(found[k]) for k in ERROR_DEPTHS])
+            seconds.append(time.process_time() - before)
+    return np.asarray(errors), 1e3 * float(np.median(seconds)) / lot_steps
+
+
+def table(run: Path, tries: Sequence[str], start: int, end: int, seed: int) -> list[tuple[str, ...]]:
+    """A row for each set of settings."""
+    learner = Learner.load(run, quiet=True)
+    memory = learner.state.replay
+    if int(memory.size) == memory.capacity and int(memory.position):
+        raise SystemExit(f"model_fit: {run} has forgotten its first steps; give a shorter run")
+    rows = jax.tree.map(lambda x: x[: min(end, int(memory.size))], memory.rows)
+    lines = []
+    for tried in tries:
+        asked = config.build(learner.config.env.id, learner.config.algo, tried.split())
+        found, cost = errors_and_cost(rows, learner.recipe, asked, start, seed)
+        later = found[len(found) // 2 :]
+        numbers = [*np.median(later, axis=0), *np.exp(np.mean(np.log(later), axis=0))]
+        lines.append((tried or "none", *(f"{number:.4f}" for number in numbers), f"{cost:.1f}"))
+        print(f"| {' | '.join(lines[-1])} |", flush=True)
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run folder whose preset refits its model now and then")
+    parser.add_argument("--try", dest="tries", action="append", default=[], metavar="SETTINGS")
+    parser.add_argument("--start", type=int, default=5000, help="steps before the first fit")
+    parser.add_argument("--end", type=int, default=15_000, help="steps of the run that are used")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}")
+    table(options.run, options.tries or [""], options.start, options.end, options.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
