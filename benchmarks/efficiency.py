@@ -41,12 +41,12 @@ class Variant(NamedTuple):
 
 
 FLAGSHIP = "flagship"
-FEWER_FITS = ("dynamics.fits_per_refit=60",)
+FEWER_FITS = ("dynamics.fits_per_refit=60", "dynamics.batch_size=256", "dynamics.learning_rate=0.001")
 # As the flagship was when the next two were run.
 BEFORE = (*FEWER_FITS, "dynamics.stay_in_data=false", "agent.average_rate=1")
 VARIANTS = {
     FLAGSHIP: Variant("mve-svg"),
-    "quarter-of-the-fits": Variant("mve-svg", FEWER_FITS),
+    "fewer-fits": Variant("mve-svg", FEWER_FITS),
     "model-unbounded": Variant("mve-svg", BEFORE),
     "gamma-0.99": Variant("mve-svg", (*BEFORE, "targets.discount=0.99")),
     "no-real-rows": Variant("mve-svg", ("imagination.real_share=0",)),
