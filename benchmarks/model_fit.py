@@ -12,8 +12,8 @@ and geometric means over the later half of the lots, after 1, 3 and 5 steps of t
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficiency import markdown
 from mve import config, dynamics, replay
 from mve.config import Config
 from mve.learner import Learner
 from mve.replay import Replay
 from mve.state import Recipe
 from mve.train import ERROR_DEPTHS
-from mve.types import Key, Transition
+from mve.types import Key, Transition, UserError
 
 HEADER = ("settings", *(f"{name}, {k}" for name in ("median", "mean") for k in ERROR_DEPTHS), "ms a step")
 
@@ -70,22 +71,24 @@ def errors_and_cost(
     return np.asarray(errors), 1e3 * float(np.median(seconds)) / lot_steps
 
 
-def table(run: Path, tries: Sequence[str], start: int, end: int, seed: int) -> list[tuple[str, ...]]:
-    """A row for each set of settings."""
-    learner = Learner.load(run, quiet=True)
+def remembered(learner: Learner, end: int) -> Transition:
+    """The first steps of a run, in order."""
     memory = learner.state.replay
-    if int(memory.size) == memory.capacity and int(memory.position):
-        raise SystemExit(f"model_fit: {run} has forgotten its first steps; give a shorter run")
-    rows = jax.tree.map(lambda x: x[: min(end, int(memory.size))], memory.rows)
-    lines = []
-    for tried in tries:
-        asked = config.build(learner.config.env.id, learner.config.algo, tried.split())
-        found, cost = errors_and_cost(rows, learner.recipe, asked, start, seed)
-        later = found[len(found) // 2 :]
-        numbers = [*np.median(later, axis=0), *np.exp(np.mean(np.log(later), axis=0))]
-        lines.append((tried or "none", *(f"{number:.4f}" for number in numbers), f"{cost:.1f}"))
-        print(f"| {' | '.join(lines[-1])} |", flush=True)
-    return lines
+    if int(memory.size) < learner.num_timesteps:
+        raise UserError(f"{learner.folder} has forgotten its first steps; give a shorter run")
+    return jax.tree.map(lambda x: x[: min(end, int(memory.size))], memory.rows)
+
+
+def row(learner: Learner, settings: str, options: argparse.Namespace) -> tuple[str, ...]:
+    """Settings, errors and cost."""
+    asked = config.build(learner.config.env.id, learner.config.algo, settings.split())
+    if not asked.dynamics.interval_steps:
+        raise UserError("its model is fitted at every block; add dynamics.interval_steps=250 to --try")
+    steps = remembered(learner, options.end)
+    found, cost = errors_and_cost(steps, learner.recipe, asked, options.start, options.seed)
+    later = found[len(found) // 2 :]
+    numbers = [*np.median(later, axis=0), *np.exp(np.mean(np.log(later), axis=0))]
+    return (settings or "none", *(f"{number:.4f}" for number in numbers), f"{cost:.1f}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,10 +101,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--end", type=int, default=15_000, help="steps of the run that are used")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}")
-    table(options.run, options.tries or [""], options.start, options.end, options.seed)
+    try:
+        learner = Learner.load(options.run, quiet=True)
+        print(markdown(HEADER, []))
+        for settings in options.tries or [""]:
+            print(f"| {' | '.join(row(learner, settings, options))} |", flush=True)
+    except UserError as error:
+        print(f"model_fit: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

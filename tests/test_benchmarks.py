@@ -8,13 +8,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from mve import replay
 from mve.config import build
+from mve.learner import Learner
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -29,6 +35,7 @@ def bench() -> Iterator[Loaded]:
         "bars",
         "device_profile",
         "efficiency",
+        "model_fit",
         "pages",
         "paper",
         "products",
@@ -345,6 +352,32 @@ def test_evidence_is_told_beside_what_was_published(
     assert (tmp_path / "all.csv").read_text().splitlines()[1] == "gym,Task-v1,flagship,0,100,10.00,mve:1"
     assert (tmp_path / "changed.csv").read_text().splitlines()[1:] == ["gym,Task-v1,small,0,100,5.00,mve:1"]
     assert efficiency.main(["report", str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_models_fit_is_measured_on_what_a_run_remembers(
+    bench: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The change is linear in state and action: more minibatches, less error on steps not seen before."""
+    tiny = ("agent.hidden=[8]", "dynamics.hidden=[8]", "dynamics.members=1", "dynamics.initial_fits=0")
+    learner = Learner("Pendulum-v1", "mve-sac", settings=tiny, run_dir=tmp_path / "run", quiet=True)
+    rng = np.random.default_rng(0)
+    steps = jax.tree.map(lambda x: np.zeros((200, *x.shape[1:]), x.dtype), learner.state.replay.rows)
+    action, obs = np.float32(rng.uniform(-1, 1, size=(200, 1))), np.zeros((201, 3), np.float32)
+    for t in range(200):
+        obs[t + 1] = 0.5 * obs[t, ::-1] + action[t]
+    steps = steps._replace(obs=obs[:-1], action=action, next_obs=obs[1:])
+    memory = replay.add(learner.state.replay, steps, jnp.ones(200, bool))
+    learner.state = replace(learner.state, replay=memory, num_env_steps=jnp.int32(200))
+    learner.save(tmp_path / "saved")
+    settings = f"dynamics.interval_steps=20 {' '.join(tiny)} dynamics.fits_per_refit="
+    asked = [str(tmp_path / "saved"), "--start", "60", "--try", f"{settings}1", "--try", f"{settings}300"]
+    assert bench["model_fit"].main(asked) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [len(line) for line in lines] == [8, 8]
+    for few, many in zip(lines[0][1:7], lines[1][1:7], strict=True):
+        assert 0 < float(many) < 0.7 * float(few)
+    assert bench["model_fit"].main([str(tmp_path / "saved")]) == 2
+    assert "dynamics.interval_steps=250" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")

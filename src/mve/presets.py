@@ -329,14 +329,14 @@ PRESETS: dict[str, Preset] = {
         _DHMBPO_SOON,
     ),
     # What DHMBPO leaves on the table where steps are few. Half of the rows are real steps, which the same
-    # rollouts expand, so that real rewards and falls count whatever the model says. Targets follow four times
-    # as fast, for its critic was the slow part. What is drawn from replay is mostly recent: the random steps
-    # before learning say little of where the policy now is. Two critics do; three imagined steps as well as
-    # five. The discount is DHMBPO's: with 0.99 Hopper stays with a lunge that ends in a fall. Imagined states
-    # keep to the range of real ones: one cheetah lay on its back for thousands of steps, and its critic knew
-    # a way to its feet that there was not. The model takes four times as many minibatches, of half the size, at
-    # twice the rate: with fewer, walkers walked in imagination and fell in truth. What is evaluated is an average
-    # over some 200 updates.
+    # rollouts expand, so that real rewards and falls count whatever the model says. Targets follow four
+    # times as fast, for its critic was the slow part. What is drawn from replay is mostly recent: the random
+    # steps before learning say little of where the policy now is. Two critics do; three imagined steps as
+    # well as five. The discount is DHMBPO's: with 0.99 Hopper stays with a lunge that ends in a fall.
+    # Imagined states keep to the range of real ones: one cheetah lay on its back for thousands of steps, and
+    # its critic knew a way to its feet that there was not. The model takes four times as many minibatches,
+    # of half the size, at twice the rate: with fewer, walkers walked in imagination and fell in truth. What
+    # is evaluated is an average over some 200 updates.
     "mve-svg": Preset(
         "MVE for the critic, value gradients for the actor, of the same three imagined steps: the default",
         "ours, after Feinberg et al. 2018, arXiv 1803.00101; Kubo et al. 2025, TMLR",
