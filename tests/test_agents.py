@@ -129,20 +129,6 @@ def test_polyak_moves_by_its_rate() -> None:
 # --- Densities, for Retrace ---
 
 
-def test_the_policy_that_is_evaluated_may_be_an_average_of_the_actors() -> None:
-    first = fresh("sac", average_rate=0.25)
-    assert isinstance(first, SAC)
-    second = update(first, some_targets(), jax.random.key(10))
-    third = update(second, some_targets(), jax.random.key(11))
-    wanted = polyak(polyak(first.actor, second.actor, 0.25), third.actor, 0.25)
-    for leaf, other in zip(jax.tree.leaves(third.policy().actor), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-7)
-    assert same(third.exploration_policy(jax.random.key(0)).actor, third.actor)
-    plain = updated(fresh("sac"), 2)
-    assert same(plain.actor, third.actor)  # what is learned is the same
-    assert same(plain.policy().actor, plain.actor)
-
-
 @pytest.mark.parametrize("name", ["sac", "td3"])
 def test_densities_on_the_host_are_those_on_the_device(name: str) -> None:
     policy = fresh(name).exploration_policy(jax.random.key(3))
@@ -318,6 +304,20 @@ def test_the_target_entropy_is_so_much_an_action_unless_it_is_given() -> None:
     assert moment(entropy_per_action=-0.5) == moment(target_entropy=-0.5 * ACTION)
     assert moment(entropy_per_action=3.0, target_entropy=-7.0) == moment(target_entropy=-7.0)
     assert moment(target_entropy=-7.0) - moment(target_entropy=-8.0) == pytest.approx(-0.1, rel=1e-4)
+
+
+def test_the_policy_that_is_evaluated_may_be_an_average_of_the_actors() -> None:
+    first = fresh("sac", average_rate=0.25)
+    assert isinstance(first, SAC)
+    second = update(first, some_targets(), jax.random.key(10))
+    third = update(second, some_targets(), jax.random.key(11))
+    wanted = polyak(polyak(first.actor, second.actor, 0.25), third.actor, 0.25)
+    for leaf, other in zip(jax.tree.leaves(third.policy().actor), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-7)
+    assert same(third.exploration_policy(jax.random.key(0)).actor, third.actor)
+    plain = updated(fresh("sac"), 2)
+    assert same(plain.actor, third.actor)  # what is learned is the same
+    assert same(plain.policy().actor, plain.actor)
 
 
 # --- DQN ---
