@@ -264,6 +264,22 @@ def test_targets_made_in_the_simulator_have_the_critics_error_alone() -> None:
         np.testing.assert_allclose(wrong[k] - right[k], drifted, atol=1e-5)
 
 
+def test_returns_in_the_model_are_what_it_would_pay_if_it_were_the_world() -> None:
+    """By hand: from s' = 0 the policy stays, the model drifts by 0.5 a step and ends beyond 1.2, at its third
+    step: 1 of the real step, then gamma + gamma^2 + gamma^3, one end in three steps. Where it never ends the
+    critic's 3 follows four imagined steps. A real end is followed by nothing."""
+    rows = jax.tree.map(lambda x: jnp.asarray(x[:2]), played().rows)
+    rows = rows._replace(next_obs=jnp.zeros((2, 1)), continuation=jnp.array([1.0, 0.0]))
+    agent, drifting = Constant.saying(3.0), model_with((0.5, 0.5))
+    far = replace(RECIPE, known=Known(one, lambda obs, action, next_obs: next_obs[..., 0] > 1.2))
+    worth, ends = measure.returns_in_model(agent, drifting, far, rows, 4)
+    np.testing.assert_allclose(worth, [1 + GAMMA + GAMMA**2 + GAMMA**3, 1], rtol=1e-6)
+    np.testing.assert_allclose(ends, 1 / 3, rtol=1e-6)
+    worth, ends = measure.returns_in_model(agent, drifting, RECIPE, rows, 4)
+    np.testing.assert_allclose(worth, [sum(GAMMA**t for t in range(5)) + 3 * GAMMA**5, 1], rtol=1e-6)
+    assert ends == 0
+
+
 def test_the_selector_takes_the_nearest_target_of_every_state() -> None:
     earned = np.zeros(4)
     by_horizon = np.array([[4.0, -4, 4, -4], [1, 5, -3, 4], [2, -1, 9, 4]])
@@ -376,7 +392,9 @@ def test_diagnose_writes_numbers_and_picture_and_says_what_it_found(
     assert true["rmse"][0] == pytest.approx(found["rmse"][0])  # nothing is imagined at H = 0
     assert report["selector"]["rmse"] <= min(found["rmse"])
     assert sum(report["selector"]["chosen"]) == pytest.approx(1.0, abs=1e-5)
-    for name in ("on policy ", "true model ", "selector "):
+    assert report["in_model"]["ends_played"] == 0 <= report["in_model"]["ends"]
+    assert report["in_model"]["steps"] == 44  # 0.9^44 < 0.01
+    for name in ("on policy ", "true model ", "selector ", "imagined "):
         assert f"\n{name}" in out
 
 

@@ -30,6 +30,7 @@ biases have none.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +51,7 @@ from mve.types import Json, StepFn, Transition, UserError
 DEEPEST = 10  # steps of open loop, and horizons tried, or the run's own horizon if that is longer
 MOST_STARTS = 5000  # states that are judged
 LARGEST_TAIL = 0.05  # weight in a return of what was not played, as far as it is accepted
+IMAGINED_STARTS, LONGEST_DREAM = 512, 1000  # states and steps of returns in the model
 BINS, SAMPLES = 12, 1500  # of the calibration; pairs of value and return that are kept for the picture
 
 
@@ -98,6 +100,8 @@ def diagnose(learner: Learner, num_episodes: int = 5, *, from_replay: bool = Fal
             report |= found
         if (model := learner.state.model) is not None:
             report |= _model_errors(learner, model, played, starts, deepest)
+            if not from_replay:
+                report["in_model"] = _in_model(learner, model, judged)
             if simulator is not None and recipe.simulator is None:
                 report |= _on_policy(learner, model, simulator, played, starts, deepest)
     return report
@@ -186,6 +190,21 @@ def _by_horizon(values: np.ndarray, earned: np.ndarray) -> Json:
     }
 
 
+def _in_model(learner: Learner, model: Dynamics, judged: Judged) -> Json:
+    """The policy's returns if the model were the world: a critic that has learned all it can is as wrong."""
+    some = _thinned(np.arange(len(judged.earned)), IMAGINED_STARTS)
+    rows: Transition = jax.tree.map(lambda x: x[some], judged.rows)
+    # Until what follows counts for one per cent.
+    discount = min(max(learner.config.targets.discount, 1e-3), 1 - 1e-6)
+    steps = min(LONGEST_DREAM, math.ceil(math.log(0.01) / math.log(discount)))
+    worth, ends = measure.returns_in_model(learner.state.agent, model, learner.recipe, rows, steps)
+    return measure.score(np.asarray(worth), judged.earned[some]) | {
+        "steps": steps,
+        "ends": plain([ends])[0],
+        "ends_played": plain([1.0 - np.mean(np.asarray(judged.played.continuation))])[0],
+    }
+
+
 def _model_errors(
     learner: Learner, model: Dynamics, played: Played, starts: np.ndarray, deepest: int
 ) -> Json:
@@ -270,6 +289,11 @@ def summary(report: Json, folder: Path) -> str:
         lines += _about_targets(report)
     if error is not None:
         lines.append(_about_model("model", error, "logged actions"))
+    if (dream := report.get("in_model")) is not None:
+        lines.append(
+            f"imagined     bias {dream['bias']:+.4g} of returns in the model alone; {_rate(dream['ends'])} "
+            f"ends an episode there, in truth {_rate(dream['ends_played'])}"
+        )
     if "model_error_on_policy" in report:
         lines.append(_about_model("on policy", report["model_error_on_policy"], "the policy's own actions"))
     for found in report.get("calibration") or []:
@@ -288,6 +312,10 @@ def summary(report: Json, folder: Path) -> str:
     elif report["mode"] == "fresh" and (error is not None or report.get("selector") is not None):
         lines.append(f"simulator    not asked: {report['why_no_simulator']}")
     return "\n".join([*lines, f"written      {folder}"])
+
+
+def _rate(share: float) -> str:
+    return f"one step in {1 / share:.0f}" if share else "none"
 
 
 def _about_targets(report: Json) -> list[str]:

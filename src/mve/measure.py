@@ -96,6 +96,34 @@ def targets_by_horizon(
     return rows.reward[None] + discount * rows.continuation[None] * candidates
 
 
+@partial(jax.jit, static_argnames=("recipe", "steps"))
+def returns_in_model(
+    agent: Agent, model: Dynamics, recipe: Recipe, rows: Transition, steps: int
+) -> tuple[Float[Array, " B"], Float[Array, ""]]:
+    """What the rows' returns would be if the model were the world, and how many of its steps are ends.
+
+    The rows' own step is real; so many imagined ones under the target policy follow, and the critic values
+    what is left.
+    """
+    step_fn = dynamics.rollout_step(model, recipe.known, recipe.dynamics, jax.random.key(DRAWS + 2))
+    keys = jax.random.split(jax.random.key(DRAWS + 1), steps)
+
+    def step(carry: tuple[Array, ...], key: Array) -> tuple[tuple[Array, ...], None]:
+        obs, discount, total, taken, ends = carry
+        policy_key, model_key = jax.random.split(key)
+        action, bonus = agent.target_policy(obs, policy_key)
+        next_obs, reward, continuation = step_fn(obs, action, model_key)
+        alive = discount > 0
+        counts = taken + jnp.sum(alive), ends + jnp.sum(alive & (continuation == 0))
+        total = total + discount * (reward + bonus)
+        return (next_obs, recipe.targets.discount * continuation * discount, total, *counts), None
+
+    first = recipe.targets.discount * rows.continuation
+    start = rows.next_obs, first, rows.reward, jnp.int32(0), jnp.int32(0)
+    (obs, discount, total, taken, ends), _ = jax.lax.scan(step, start, keys)
+    return total + discount * state_values(agent, obs), ends / jnp.maximum(taken, 1)
+
+
 @partial(jax.jit, static_argnames="recipe")
 def estimated_targets(state: TrainState, recipe: Recipe, rows: Transition, starts: Array) -> CriticTargets:
     """What the run's own estimator makes of some of the rows played, as in training; real rows come first."""
