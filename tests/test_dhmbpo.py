@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from mve import agents, dynamics, experience, imagine, replay, schedule, targets, train
-from mve.agents import AGENTS, Agent
+from mve.agents import AGENTS, Agent, values
 from mve.agents.base import action_values
-from mve.agents.sac import SAC, SACConfig, ValueBounds
+from mve.agents.sac import SAC, SACConfig
+from mve.agents.values import ValueBounds
 from mve.config import build
 from mve.dynamics import DynamicsConfig
 from mve.imagine import ImaginationConfig
@@ -133,6 +134,46 @@ def test_no_value_changes_by_its_bounds_alone_where_values_are_preserved() -> No
     for told in (first, first.told(jnp.full(4, -7.0), 0.5)):
         after = told.action_values(rows.obs, rows.action), told.target_action_value(rows.obs, rows.action)
         np.testing.assert_allclose(after, before, atol=1e-4)
+
+
+def test_a_histogram_is_the_share_of_a_gaussian_in_every_bin_by_hand() -> None:
+    """Five bins of width 0.5, sigma 0.375: around 0 their edges are 2/3, 2 and 10/3 sigmas away, which leaves
+    Phi(2/3) - Phi(-2/3) = 0.49501, Phi(2) - Phi(2/3) = 0.22974, Phi(10/3) - Phi(2) = 0.02232, of 0.99914."""
+    shares = np.array([0.02232, 0.22974, 0.49501, 0.22974, 0.02232])
+    np.testing.assert_allclose(values.histogram(jnp.float32(0), 5), shares / 0.99914, atol=2e-5)
+    x = jnp.linspace(-0.9, 0.9, 19)
+    np.testing.assert_allclose(values.expected(jnp.log(values.histogram(x, 101))), x, atol=1e-5)
+    np.testing.assert_allclose(values.expected(jnp.log(jnp.array([0.1, 0.2, 0.7]))), 0.6, rtol=1e-5)
+    logits = jnp.zeros((2, 5))
+    np.testing.assert_allclose(values.cross_entropy(logits, jnp.array([0.0, 0.7])), np.log(5), rtol=1e-5)
+
+
+def test_critics_may_learn_a_histogram_whose_mean_is_their_value() -> None:
+    """Bounds -98..98 of gains in -1..1 at gamma 0.99: a target of 49 is an output of 0.5."""
+    agent = fresh("sac", value_bounds_rate=0.5, value_bins=21, output_gain=0.0, critic_learning_rate=0.01)
+    agent = agent.told(jnp.linspace(-1, 1, 101), 0.99)
+    rows = some_targets()._replace(value=jnp.full(ROWS, 49.0))
+    np.testing.assert_allclose(agent.action_values(rows.obs, rows.action), 0.0, atol=1e-4)
+    update = jax.jit(lambda agent, key: agent.update(rows, rows.obs, the_value, key))
+    first, metrics = update(agent, jax.random.key(0))
+    np.testing.assert_allclose(metrics["train/critic_loss"], 2 * np.log(21), rtol=1e-5)
+    for i in range(200):
+        first, metrics = update(first, jax.random.key(i))
+    np.testing.assert_allclose(first.action_values(rows.obs, rows.action), 49.0, atol=2.0)
+    assert 2 * 1.19 < float(metrics["train/critic_loss"]) < 2 * 1.22  # the target's own entropy is 1.2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"value_bins": 101}, "there are none"),
+        ({"value_bins": 2, "value_bounds_rate": 0.1}, "next to nothing"),
+        ({"value_bins": 101, "value_bounds_rate": 0.1, "preserve_values": True}, "moves with its bounds"),
+    ],
+)
+def test_histograms_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SACConfig(**settings)
 
 
 def test_targets_beyond_the_bounds_are_clipped_and_counted() -> None:

@@ -191,13 +191,15 @@ def init_net(config: AgentConfig, obs_size: int, outputs: int, key: Key, *, outp
     )
 
 
-def init_critic(config: ActorCriticConfig, obs_size: int, action_size: int, key: Key) -> MLP:
+def init_critic(
+    config: ActorCriticConfig, obs_size: int, action_size: int, key: Key, *, outputs: int = 1
+) -> MLP:
     """N critics Q(s, a) with a leading critic axis."""
 
     def critic(k: Key) -> MLP:
         return MLP(
             obs_size,
-            1,
+            outputs,
             config.hidden,
             side_inputs=action_size,
             side_layer=config.action_layer,
@@ -215,7 +217,14 @@ def action_values(
     critic: MLP, obs: Float[Array, " *batch S"], action: Float[Array, " *batch A"]
 ) -> Float[Array, " N *batch"]:
     """Q_n(s, a) of every critic."""
-    return jax.vmap(lambda member: member(obs, action)[..., 0])(critic)
+    return critic_outputs(critic, obs, action)[..., 0]
+
+
+def critic_outputs(
+    critic: MLP, obs: Float[Array, " *batch S"], action: Float[Array, " *batch A"]
+) -> Float[Array, " N *batch O"]:
+    """What the nets of all critics put out: values, or what stands for them."""
+    return jax.vmap(lambda member: member(obs, action))(critic)
 
 
 def drawn(critic: MLP, count: int, key: Key) -> MLP:

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial, reduce
-from typing import Annotated, Any, Literal
+from functools import reduce
+from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 from msgspec import Meta
 
+from mve.agents import values
 from mve.agents.base import (
     ActorCriticConfig,
     Agent,
     Objective,
-    action_values,
     actor_gradient,
     adam_step,
     critic_loss,
+    critic_outputs,
     drawn,
     init_adam,
     init_critic,
     init_net,
     polyak,
 )
+from mve.agents.values import ValueBounds
 from mve.networks import MLP
 from mve.policies import ActorPolicy, GaussianActor, Policy
 from mve.types import (
@@ -41,9 +43,6 @@ from mve.types import (
     Unit,
     UserError,
 )
-
-SMALLEST_WIDTH = 1e-6  # of the bounds of values, where all steps have gained the same
-OUTLIERS = 0.01  # share of the steps of a batch on either side that the bounds of values leave out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +68,9 @@ class SACConfig(ActorCriticConfig):
     value_bounds_rate: Unit = 0.0
     """Where above 0, values are scaled to bounds that move so far towards those of the newest batch at each
     update (DHMBPO: 3e-4), and targets are clipped to them."""
+    value_bins: Count = 0
+    """Bins of a histogram over the bounds that critics learn by cross-entropy, their values being its mean
+    (HL-Gauss: Farebrother et al. 2024, arXiv 2403.03950, who have 101); 0: values by squared error."""
     preserve_values: bool = False
     """Whether the critics' last layers make up for what the bounds have moved, so that no value changes by
     that alone (PopArt, van Hasselt et al. 2016, arXiv 1602.07714, section 2.1). Otherwise all values grow
@@ -88,56 +90,17 @@ class SACConfig(ActorCriticConfig):
                 f"agent.target_critics = {self.target_critics} is more than agent.critics = {self.critics}; "
                 "lower it"
             )
-
-
-class ValueBounds(eqx.Module):
-    """What a value can be, as far as single steps say: Q = centre + width net, width half the distance.
-
-    A policy that earned the same at every step would be worth r / (1 - gamma). The bounds are those of the
-    1 % and the 99 % quantile of r - alpha log pi over the steps of a batch; those of the first batch as they
-    are, later ones by an exponential average (Kubo et al. 2025, section 4 and code).
-    """
-
-    low: Float[Array, ""]
-    high: Float[Array, ""]
-    known: Bool[Array, ""]
-
-    @classmethod
-    def unknown(cls) -> ValueBounds:
-        return cls(low=jnp.float32(-1), high=jnp.float32(1), known=jnp.array(False))  # Q = net
-
-    def told(self, gain: Float[Array, " *steps"], discount: float, rate: float) -> ValueBounds:
-        """After a batch of steps that gained so much each."""
-        share = jnp.where(self.known, rate, 1.0)
-        low, high = jnp.quantile(gain, jnp.array([OUTLIERS, 1.0 - OUTLIERS])) / (1.0 - discount)
-        return ValueBounds(
-            low=self.low + share * (low - self.low),
-            high=self.high + share * (high - self.high),
-            known=jnp.array(True),
-        )
-
-    @property
-    def centre(self) -> Float[Array, ""]:
-        return 0.5 * (self.high + self.low)
-
-    @property
-    def width(self) -> Float[Array, ""]:
-        return 0.5 * (self.high - self.low)
-
-    def unscale(self, net: Float[Array, " *batch"]) -> Float[Array, " *batch"]:
-        """The value that an output of the net stands for."""
-        return self.centre + self.width * net
-
-    def carried_over(self, critic: MLP, before: ValueBounds) -> MLP:
-        """The critic whose values within these bounds are those of `critic` within other ones."""
-        width = jnp.maximum(self.width, SMALLEST_WIDTH)
-        factor, shift = before.width / width, (before.centre - self.centre) / width
-
-        def last(critic: Any) -> tuple[Any, Any]:
-            return critic.layers[-1].weight, critic.layers[-1].bias
-
-        weight, bias = last(critic)
-        return eqx.tree_at(last, critic, (factor * weight, factor * bias + shift))
+        if self.value_bins and not self.scales_values:
+            raise UserError(
+                f"agent.value_bins = {self.value_bins} divides the bounds of values, and there are none; "
+                "set agent.value_bounds_rate, 3e-4 is usual"
+            )
+        if self.value_bins in (1, 2):
+            raise UserError(f"agent.value_bins = {self.value_bins} says next to nothing; 101 is usual")
+        if self.value_bins and self.preserve_values:
+            raise UserError(
+                "a histogram moves with its bounds; set agent.preserve_values=false or agent.value_bins=0"
+            )
 
 
 class SAC(Agent):
@@ -174,7 +137,7 @@ class SAC(Agent):
         actor_key, critic_key = jax.random.split(key)
         net = init_net(config, obs_size, 2 * action_size, actor_key)
         actor = GaussianActor(net)
-        critic = init_critic(config, obs_size, action_size, critic_key)
+        critic = init_critic(config, obs_size, action_size, critic_key, outputs=max(config.value_bins, 1))
         log_temperature = jnp.log(jnp.float32(config.initial_temperature))
         return cls(
             actor=actor,
@@ -192,8 +155,21 @@ class SAC(Agent):
         )
 
     def _values(self, critic: MLP, obs: Array, action: Array) -> Array:
-        values = action_values(critic, obs, action)
-        return values if self.bounds is None else self.bounds.unscale(values)
+        outputs = critic_outputs(critic, obs, action)
+        net = values.expected(outputs) if self.config.value_bins else outputs[..., 0]
+        return net if self.bounds is None else self.bounds.unscale(net)
+
+    def _critic_loss(self, critic: MLP, targets: CriticTargets) -> tuple[Array, Metrics]:
+        """The squared error, or the cross-entropy of the histograms, summed over the critics."""
+        if not self.config.value_bins:
+            return critic_loss(critic, targets, value_of=self._values)
+        assert self.bounds is not None  # refused by the settings
+        logits = critic_outputs(critic, targets.obs, targets.action)
+        wanted = jnp.broadcast_to(self.bounds.scale(targets.value), logits.shape[:-1])
+        weight = jnp.broadcast_to(targets.weight, wanted.shape)
+        loss = jnp.sum(weight * values.cross_entropy(logits, wanted))
+        value = self.bounds.unscale(values.expected(logits))
+        return loss, {"train/critic_loss": loss, "train/q_mean": jnp.mean(value)}
 
     def told(self, gain: Array, discount: float) -> SAC:
         if self.bounds is None:
@@ -269,8 +245,7 @@ class SAC(Agent):
     ) -> tuple[SAC, Metrics]:
         cfg = self.config
         targets, clip_metrics = self._clipped(targets)
-        loss_of = jax.grad(partial(critic_loss, value_of=self._values), has_aux=True)
-        critic_gradient, metrics = loss_of(self.critic, targets)
+        critic_gradient, metrics = jax.grad(self._critic_loss, has_aux=True)(self.critic, targets)
         metrics |= clip_metrics
         critic, critic_opt = adam_step(
             cfg.critic_learning_rate, critic_gradient, self.critic_opt, self.critic
@@ -282,11 +257,11 @@ class SAC(Agent):
         def value_of(actor: GaussianActor) -> ActorValueFn:
             def value(obs: Array, key: Key) -> tuple[Array, Array]:
                 action, bonus = self._policy_of(actor)(obs, key)
-                values = self._values(critic, obs, action)
+                opinions = self._values(critic, obs, action)
                 # Not jnp.min, whose derivative divides by how many values equal the least: none of them do
                 # where the compiler has computed them twice and rounded differently.
-                least = reduce(jnp.minimum, [*values]) if cfg.actor_value == "least" else None
-                value = jnp.mean(values, axis=0) if least is None else least
+                least = reduce(jnp.minimum, [*opinions]) if cfg.actor_value == "least" else None
+                value = jnp.mean(opinions, axis=0) if least is None else least
                 return value + bonus, bonus
 
             return value
