@@ -55,6 +55,8 @@ VARIANTS = {
     "five-steps": Variant("mve-svg", ("agent.model_steps=5", "targets.horizon_steps=4")),
     "short-branches": Variant("mve-svg", ("imagination.length=[5,5]",)),
     "preserved-values": Variant("mve-svg", ("agent.preserve_values=true",)),
+    "histogram-critics": Variant("mve-svg", ("agent.value_bins=101",)),
+    "trusted-branches": Variant("mve-svg", ("imagination.trust=2",)),
     "resets": Variant("mve-svg", ("agent.reset_optimisers=true",)),
     "mve-sac": Variant("mve-sac"),
     "dhmbpo": Variant("dhmbpo"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from environments import linear_system
 
-from mve import experience, imagine, replay, schedule, train
+from mve import dynamics, experience, imagine, replay, schedule, train
 from mve.agents.ddpg import DDPGConfig
 from mve.config import build
 from mve.dynamics import DynamicsConfig
@@ -18,7 +19,7 @@ from mve.imagine import ImaginationConfig
 from mve.replay import Replay
 from mve.state import Capacity, Recipe, TrainState, initial_state
 from mve.targets import TargetsConfig
-from mve.types import Known, Transition
+from mve.types import Known, Transition, UserError
 
 STARTS, BATCH, ROWS = 6, 40, 16
 BRANCH = jax.jit(experience.branch, static_argnums=1)
@@ -102,6 +103,51 @@ def test_nothing_that_follows_a_predicted_end_is_kept() -> None:
     assert len(rows.reward) < 3 * STARTS
     ended = {tuple(s) for s in rows.next_obs[over]}
     assert not ended & {tuple(s) for s in rows.obs[STARTS:]}  # a start may lie beyond the end; later ones not
+
+
+def test_rollouts_stop_where_members_disagree_more_than_they_do_at_first() -> None:
+    """By hand: members that say s' = 1.5 s and s' = 0.5 s are s apart, squared s^2. From s = 1, twice the
+    first steps' disagreement is 2: 1.5^2 = 2.25 is too much, 0.5 and 0.75 are not."""
+    rates = jnp.array([0.5, -0.5])
+    trusting, blind = (recipe(starts=64, length=(3, 3), rounds_kept=1, trust=trust) for trust in (2.0, 0.0))
+    two = DynamicsConfig(hidden=(), members=2, stay_in_data=False)
+    seen = []
+    for ours in (replace(trusting, dynamics=two), replace(blind, dynamics=two)):
+        state = state_of(ours)
+        assert state.model is not None
+        weight = jnp.zeros((2, 3, 2)).at[:, :2].set(rates[:, None, None] * jnp.eye(2)[None])
+        nets = lambda m: (m.net.layers[0].weight, m.net.layers[0].bias)  # noqa: E731
+        model = eqx.tree_at(nets, state.model, (weight, jnp.zeros((2, 2))))
+        real = state.replay.rows._replace(obs=jnp.ones((ROWS, 2)))
+        state = replace(state, model=model, replay=replace(state.replay, rows=real))
+        apart = dynamics.disagreement(model, jnp.array([[1.0, 3.0]] * 4), jnp.ones((4, 1)), jax.random.key(0))
+        np.testing.assert_allclose(apart, (1 + 9) / 2, rtol=1e-6)
+        seen.append(np.unique(rows_of(filled(state, ours).imagined).obs))
+    np.testing.assert_allclose(seen[0], [0.25, 0.5, 0.75, 1.0])
+    np.testing.assert_allclose(seen[1], [0.25, 0.5, 0.75, 1.0, 1.5, 2.25])
+
+
+def test_disagreement_is_in_units_of_the_noise_that_the_model_knows() -> None:
+    """Members 2 and -1 in the one dimension, whose noise has standard deviation 3 (and a floor of 1e-3)."""
+    config = DynamicsConfig(hidden=(), members=2, noise="homoscedastic")
+    known = Known(lambda s, a, n: s[..., 0], lambda s, a, n: s[..., 0] > 9)
+    model = dynamics.init(config, known, 1, 1, jax.random.key(0))
+    parts = lambda m: (m.net.layers[0].weight, m.net.layers[0].bias, m.noise.log_std)  # noqa: E731
+    weight, bias = jnp.zeros((2, 2, 1)), jnp.array([[2.0], [-1.0]])
+    model = eqx.tree_at(parts, model, (weight, bias, jnp.full((2, 1), jnp.log(3.0))))
+    apart = dynamics.disagreement(model, jnp.zeros((5, 1)), jnp.zeros((5, 1)), jax.random.key(0))
+    np.testing.assert_allclose(apart, [1.0] * 5, rtol=1e-5)
+
+
+def test_trust_asks_two_members_of_a_learned_model() -> None:
+    trusting = ["imagination.trust=2", "train.total_steps=9000"]
+    one = build("Hopper-v4", "mbpo", [*trusting, "dynamics.elites=1"])
+    with pytest.raises(UserError, match="two members"):
+        schedule.check(one, fits_model=True)
+    some = build("Hopper-v4", "mbpo", trusting)
+    schedule.check(some, fits_model=True)
+    with pytest.raises(UserError, match="two members"):
+        schedule.check(some, fits_model=False)
 
 
 def test_only_the_newest_rounds_are_sampled() -> None:

@@ -6,7 +6,7 @@ Replay, model and policy meet here; `train.update_step` only asks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from mve.replay import Replay
 from mve.state import Recipe, TrainState
 from mve.types import Imagined, Key, Metrics, PolicyFn, Segment, StepFn, Transition
 
+USUAL = 0.95  # quantile of the first steps' disagreement that later ones are held against (MACURA)
 WHOLE_ROLLOUT = 2**32 - 1  # folded into a rollout's key for what holds throughout; its steps have 0, 1, ...
 
 
@@ -62,6 +63,9 @@ def _imagined_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
 def _first_step(rows: Transition, policy: PolicyFn, step_fn: StepFn, key: Key) -> Transition:
     """What the policy and the model make of the rows' states: another action, reward and next state."""
     return imagine.as_transition(imagine.rollout(step_fn, policy, rows.obs, 1, key), rows)
+
+
+Branch: TypeAlias = tuple[Replay, Transition, Array, Array]  # buffer, newest rows, who goes on, threshold
 
 
 class Shared(NamedTuple):
@@ -111,7 +115,8 @@ def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics
     """One round of rollouts from real states under the policy in training, into the imagination buffer.
 
     Branched rollouts (Janner et al. 2019, algorithm 2); long ones are the distribution rollouts of Kubo et
-    al. 2025. What follows a predicted termination is not kept.
+    al. 2025. What follows a predicted termination is not kept, nor is a step on which the model is not to be
+    trusted and what follows that.
     """
     start_key, rollout_key = jax.random.split(key)
     assert state.imagined is not None
@@ -119,14 +124,22 @@ def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics
     length = imagine.rollout_length(recipe.imagination, state.num_env_steps)
     policy, step_fn = state.agent.current_policy, model_step(state, recipe, rollout_key)
 
-    def step(t: Array, carry: tuple[Replay, Transition, Array]) -> tuple[Replay, Transition, Array]:
-        buffer, rows, alive = carry
-        rows = _first_step(rows, policy, step_fn, jax.random.fold_in(rollout_key, t))
+    def step(t: Array, carry: Branch) -> Branch:
+        buffer, rows, alive, largest = carry
+        step_key = jax.random.fold_in(rollout_key, t)
+        rows = _first_step(rows, policy, step_fn, step_key)
+        if recipe.imagination.trust:
+            assert state.model is not None  # refused by the settings
+            apart = dynamics.disagreement(state.model, rows.obs, rows.action, jax.random.fold_in(step_key, 1))
+            usual = recipe.imagination.trust * jnp.quantile(apart, USUAL)
+            largest = jnp.where(t == 0, usual, largest)
+            alive = alive & (apart <= largest)
         buffer = replay.add(buffer, rows, alive)
-        return buffer, rows._replace(obs=rows.next_obs), alive & (rows.continuation > 0)
+        return buffer, rows._replace(obs=rows.next_obs), alive & (rows.continuation > 0), largest
 
     everyone = jnp.ones(recipe.imagination.starts, bool)
-    buffer, _, _ = jax.lax.fori_loop(0, length, step, (state.imagined, start, everyone))
+    begun = state.imagined, start, everyone, jnp.float32(jnp.inf)
+    buffer, *_ = jax.lax.fori_loop(0, length, step, begun)
     return buffer, {"imagination/length": length.astype(jnp.float32)}
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mve.types import Count, Imagined, Key, PolicyFn, Positive, StepFn, Transition, Unit
+from mve.types import Count, Imagined, Key, NonNegative, PolicyFn, Positive, StepFn, Transition, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,10 @@ class ImaginationConfig:
     """Model steps of a rollout, at the beginning and the end of `length_ramp`; whole numbers between."""
     length_ramp: tuple[Count, Count] = (0, 1)
     """Environment steps between which the length changes linearly (MBPO's schedule, in steps)."""
+    trust: NonNegative = 0.0
+    """Where above 0, a rollout stops before the first step on which two members of the model disagree so many
+    times as much as on the 95 % quantile of the round's first steps (after MACURA, Frauenknecht et al. 2024,
+    who have 2 and a running mean of the quantile); 0: none is stopped."""
     rounds_kept: Positive = 10
     """Rounds that the buffer holds; older rows are forgotten."""
     real_share: Unit = 0.05

@@ -73,6 +73,11 @@ def check(config: Config, fits_model: bool) -> None:
             f"the model is first fitted at step {first_refit} (dynamics.learning_starts + interval_steps), "
             f"after train.learning_starts = {train.learning_starts}; set dynamics.initial_fits"
         )
+    if config.imagination.trust and (not fits_model or (dynamics.elites or dynamics.members) < 2):
+        raise UserError(
+            f"imagination.trust = {config.imagination.trust} asks two members of a learned model; "
+            "set dynamics.kind=learned and dynamics.members=2 at least, or imagination.trust=0"
+        )
     _check_estimator(config)
 
 

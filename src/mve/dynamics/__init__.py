@@ -15,13 +15,14 @@ Reward and termination are either known functions, given by the caller, or learn
 from mve.dynamics.ensemble import Dynamics, Normaliser, init, observe, only, predict
 from mve.dynamics.fitting import fit, fit_step
 from mve.dynamics.judging import held_out_error, open_loop_error
-from mve.dynamics.serving import member_step, rollout_step, step
+from mve.dynamics.serving import disagreement, member_step, rollout_step, step
 from mve.dynamics.settings import DynamicsConfig
 
 __all__ = [
     "Dynamics",
     "DynamicsConfig",
     "Normaliser",
+    "disagreement",
     "fit",
     "fit_step",
     "held_out_error",

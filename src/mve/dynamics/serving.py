@@ -87,6 +87,24 @@ def _noise(predicted: Prediction, config: DynamicsConfig, obs_size: int, key: Ke
     return jnp.where(jnp.broadcast_to(is_state, draw.shape), draw, 0.0)
 
 
+def disagreement(model: Dynamics, obs: Array, action: Array, key: Key) -> Float[Array, " B"]:
+    """How far two members are apart on every row: mean over outputs of (mu_a - mu_b)^2 / var, var being the
+    noise's where there is a model of it and the data's otherwise.
+
+    Rows are dealt as in `step`, to pairs: two members' work a row, where all pairs would be M (MACURA,
+    Frauenknecht et al. 2024, takes their Jensen-Shannon divergence).
+    """
+    if model.elites is not None:
+        model = only(model, model.elites)
+    start = jax.random.randint(key, (), 0, obs.shape[0])
+    others = only(model, jnp.roll(jnp.arange(num_members(model)), 1))
+    a, b = (_dealt(each, obs, action, start) for each in (model, others))
+    apart = jnp.square(a.mean - b.mean)
+    if a.log_var is not None and b.log_var is not None:
+        apart = apart * jnp.exp(-0.5 * (a.log_var + b.log_var))
+    return jnp.mean(apart, axis=-1)
+
+
 def member_step(
     model: Dynamics, known: Known, config: DynamicsConfig, obs: Array, action: Array
 ) -> tuple[Array, Array, Array]:
