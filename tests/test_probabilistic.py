@@ -140,6 +140,48 @@ def test_even_noise_is_recovered_and_fast_at_ten_times_the_rate(factor: float, r
         assert (std > 0.55 * model.change.std[None]).all()
 
 
+def test_noise_may_be_learned_on_the_rows_that_a_member_does_not_see() -> None:
+    """By hand: at log-std 0, d/dlog-std of (z^2 exp(-2 log-std) + 2 log-std) / 2 is 1 - z^2. Nets do not
+    hear of unseen rows, the noise of no others."""
+    config = replace(SMALL, noise="homoscedastic", bootstrap=True, noise_rows="unseen")
+    experience = data(64, 0.1)
+    model, rows = beginner(config, experience), sampler(experience)((3, 64), jax.random.key(0))
+    weight = np.asarray(dynamics.rows.bootstrap_weights(rows.step))
+    assert 0.25 < np.mean(weight == 0) < 0.5  # 1 / e
+
+    @jax.jit
+    def gradients(rows: Transition) -> Any:
+        return jax.grad(dynamics.fitting._loss, has_aux=True)(model.nets, model, rows, config)[0]
+
+    net, _, noise = gradients(rows)
+    target = np.asarray(model.change.scale(rows.next_obs - rows.obs))
+    square = np.square(np.asarray(dynamics.predict(model, rows.obs, rows.action).mean) - target)
+    for m in range(3):
+        unseen = square[m, weight[m] == 0].mean(axis=0)
+        np.testing.assert_allclose(noise.log_std[m], (1 - unseen) / 2, atol=1e-4)  # mean over 2 outputs
+    for moved, stays in ((weight == 0, net), (weight > 0, noise)):
+        other = rows._replace(next_obs=rows.next_obs + 3.0 * jnp.asarray(moved, jnp.float32)[..., None])
+        found = gradients(other)[0 if stays is net else 2]
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(stays), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_noise_of_unseen_rows_is_what_the_model_errs_by_on_new_ones() -> None:
+    """64 rows of noise 0.1 are learned by heart: what is left on them says nothing of new ones."""
+    few, new = data(64, 0.1), data(1000, 0.1, seed=1)
+    ratio = {}
+    for noise_rows in ("fitted", "unseen"):
+        config = replace(
+            SMALL, noise="homoscedastic", bootstrap=True, noise_rows=noise_rows, learning_rate=3e-3
+        )
+        model, _ = fit(beginner(config, few), few, jnp.int32(1500), jax.random.key(1), config)
+        found = PREDICT(model, new.obs, new.action)
+        error = np.square(np.asarray(found.mean) - np.asarray(model.change.scale(new.next_obs - new.obs)))
+        ratio[noise_rows] = float(np.mean(error * np.exp(-np.asarray(found.log_var))))
+    assert ratio["fitted"] > 3
+    assert 0.5 < ratio["unseen"] < 2
+
+
 def test_homoscedastic_noise_starts_at_one_and_has_a_floor() -> None:
     log_var = Homoscedastic(jnp.array([0.0, -30.0])).log_var()
     np.testing.assert_allclose(jnp.exp(0.5 * log_var), [1.0, 1e-3], rtol=1e-5)

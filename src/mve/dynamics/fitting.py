@@ -59,12 +59,19 @@ def _loss(nets: Nets, model: Dynamics, batch: Transition, config: DynamicsConfig
     weight, kept = rows.fitting_weights(batch.step, config)
     predicted = predict(replace(model, net=net, noise=noise), batch.obs, batch.action)
     target = model.change.scale(change(model, batch))
+    of_noise = jnp.float32(0)
     if predicted.log_var is None:
         error = jnp.square(predicted.mean - target)
+    elif config.noise_rows == "unseen":
+        given_noise, given_mean = jax.lax.stop_gradient((predicted.log_var, predicted.mean))
+        error = negative_log_likelihood(target, predicted.mean, given_noise)
+        unseen = negative_log_likelihood(target, given_mean, predicted.log_var)
+        of_noise = _average(unseen, rows.unseen_weights(batch.step, config))
     else:
         error = negative_log_likelihood(target, predicted.mean, predicted.log_var)
     loss = _average(error, weight)
     metrics = {"model/loss": loss}
+    loss = loss + of_noise
     if isinstance(noise, Bounds):
         loss = loss + BOUNDS_WEIGHT * jnp.mean(jnp.sum(noise.high - noise.low, axis=-1))
     if termination_net is not None:

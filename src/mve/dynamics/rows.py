@@ -53,6 +53,12 @@ def fitting_weights(step: Int[Array, " M B"], config: DynamicsConfig) -> tuple[A
     return (drawn if kept is None else drawn * kept), kept
 
 
+def unseen_weights(step: Int[Array, " M B"], config: DynamicsConfig) -> Float[Array, " M B"]:
+    """Which rows are in no member's hold-out and not in the member's own resample: one in e."""
+    unseen = (bootstrap_weights(step) == 0).astype(jnp.float32)
+    return unseen * (1.0 - held_out(step, config)) if config.holdout_share else unseen
+
+
 def _scramble(name: UInt[Array, " *batch"], stream: int) -> UInt[Array, " *batch"]:
     """A hash of 32 bits (xor-shift and multiply, constants of Wellons 2018), one for each stream.
 

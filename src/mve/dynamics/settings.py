@@ -31,6 +31,9 @@ class DynamicsConfig:
     number per member and output (DHMBPO), or heteroscedastic, an output of the net (PETS, MBPO)."""
     noise_learning_rate_factor: Rate = 10.0
     """Learning rate of the homoscedastic log-std, as a multiple of the nets' (ours; published: 1)."""
+    noise_rows: Literal["fitted", "unseen"] = "fitted"
+    """Which rows the homoscedastic log-std is learned on: those that the member is fitted to (DHMBPO), or
+    those that its resample leaves out, on which it errs as it will on new ones (ours; asks for bootstrap)."""
     sample: Literal["none", "state", "state_and_reward"] = "none"
     """What of an imagined step the noise is drawn for, the rest being the mean (DHMBPO: state; MBPO: both).
     Where an estimator keeps members apart (STEVE) they answer with their means."""
@@ -83,6 +86,11 @@ class DynamicsConfig:
             raise UserError(
                 f"dynamics.sample = {self.sample} needs a model of the noise; "
                 "set dynamics.noise=homoscedastic or heteroscedastic"
+            )
+        if self.noise_rows == "unseen" and not (self.bootstrap and self.noise == "homoscedastic"):
+            raise UserError(
+                "dynamics.noise_rows = unseen asks for rows that a member is not fitted to, and for noise "
+                "that is not the nets' own; set dynamics.bootstrap=true and dynamics.noise=homoscedastic"
             )
         layers = len(self.hidden) + 1
         if len(self.weight_decay_by_layer) not in (0, layers):
