@@ -7,6 +7,8 @@ lot is judged by a model that has not seen it, then joins the others, and the mo
 (prequential error; Dawid 1984). The first fit is at --start. Every --try is the run's preset with other
 settings (`section.field=value`, several in quotes). Errors are squared and in spreads of the data: medians
 and geometric means over the later half of the lots, after 1, 3 and 5 steps of the actions that were taken.
+Over the noise that the model believes in, a member's squared error after one step has a mean of 1 where
+that is as large as its errors.
 """
 
 from __future__ import annotations
@@ -30,21 +32,24 @@ from mve.state import Recipe
 from mve.train import ERROR_DEPTHS
 from mve.types import Key, Transition, UserError
 
-HEADER = ("settings", *(f"{name}, {k}" for name in ("median", "mean") for k in ERROR_DEPTHS), "ms a step")
+ERRORS = tuple(f"{name}, {k}" for name in ("median", "mean") for k in ERROR_DEPTHS)
+HEADER = ("settings", *ERRORS, "error^2 / noise^2", "ms a step")
 
 
 def errors_and_cost(
     rows: Transition, recipe: Recipe, asked: Config, start: int, seed: int
 ) -> tuple[np.ndarray, float]:
-    """Errors (lots, depths) from the second fit on, and processor milliseconds of fitting a step."""
+    """Errors by depth and surprise (lots, depths + 1) from the second fit on, and processor milliseconds of
+    fitting a step."""
     fitting, recency = asked.dynamics, asked.replay.recency
     lot_steps, num_rows = fitting.interval_steps, rows.reward.shape[0]
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def take_in(
         model: dynamics.Dynamics, memory: Replay, lot: Transition, fits: jax.Array, key: Key
-    ) -> tuple[dynamics.Dynamics, Replay, dict[int, jax.Array]]:
-        errors = dynamics.open_loop_error(model, lot, jnp.int32(lot_steps), ERROR_DEPTHS)
+    ) -> tuple[dynamics.Dynamics, Replay, list[jax.Array]]:
+        found = dynamics.open_loop_error(model, lot, jnp.int32(lot_steps), ERROR_DEPTHS)
+        errors = [*(found[k] for k in ERROR_DEPTHS), surprise(model, lot)]
         model = dynamics.observe(model, lot, jnp.int32(lot_steps), fitting)
         memory = replay.add(memory, lot, jnp.ones(lot_steps, bool))
         model, _ = dynamics.fit(model, partial(replay.sample, memory, recency=recency), fitting, fits, key)
@@ -66,9 +71,18 @@ def errors_and_cost(
         )
         jax.block_until_ready(memory)
         if fits and not first:
-            errors.append([float(found[k]) for k in ERROR_DEPTHS])
+            errors.append([float(x) for x in found])
             seconds.append(time.process_time() - before)
     return np.asarray(errors), 1e3 * float(np.median(seconds)) / lot_steps
+
+
+def surprise(model: dynamics.Dynamics, lot: Transition) -> jax.Array:
+    """Mean over members, rows and outputs of squared error over variance; not a number without noise."""
+    found = dynamics.predict(model, lot.obs, lot.action, shared=True)
+    if found.log_var is None:
+        return jnp.float32(jnp.nan)
+    error = found.mean - model.change.scale(dynamics.ensemble.change(model, lot))[None]
+    return jnp.mean(jnp.square(error) * jnp.exp(-found.log_var))
 
 
 def remembered(learner: Learner, end: int) -> Transition:
@@ -87,8 +101,10 @@ def row(learner: Learner, settings: str, options: argparse.Namespace) -> tuple[s
     steps = remembered(learner, options.end)
     found, cost = errors_and_cost(steps, learner.recipe, asked, options.start, options.seed)
     later = found[len(found) // 2 :]
-    numbers = [*np.median(later, axis=0), *np.exp(np.mean(np.log(later), axis=0))]
-    return (settings or "none", *(f"{number:.4f}" for number in numbers), f"{cost:.1f}")
+    errors = later[:, :-1]
+    numbers = [*np.median(errors, axis=0), *np.exp(np.mean(np.log(errors), axis=0))]
+    told = *(f"{number:.4f}" for number in numbers), f"{np.median(later[:, -1]):.2f}", f"{cost:.1f}"
+    return settings or "none", *told
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -373,7 +373,7 @@ def test_a_models_fit_is_measured_on_what_a_run_remembers(
     asked = [str(tmp_path / "saved"), "--start", "60", "--try", f"{settings}1", "--try", f"{settings}300"]
     assert bench["model_fit"].main(asked) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [len(line) for line in lines] == [8, 8]
+    assert [len(line) for line in lines] == [9, 9]
     for few, many in zip(lines[0][1:7], lines[1][1:7], strict=True):
         assert 0 < float(many) < 0.7 * float(few)
     assert bench["model_fit"].main([str(tmp_path / "saved")]) == 2
