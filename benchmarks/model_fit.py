@@ -26,6 +26,7 @@ import numpy as np
 from efficiency import markdown
 from mve import config, dynamics, replay
 from mve.config import Config
+from mve.dynamics.ensemble import change
 from mve.learner import Learner
 from mve.replay import Replay
 from mve.state import Recipe
@@ -81,7 +82,7 @@ def surprise(model: dynamics.Dynamics, lot: Transition) -> jax.Array:
     found = dynamics.predict(model, lot.obs, lot.action, shared=True)
     if found.log_var is None:
         return jnp.float32(jnp.nan)
-    error = found.mean - model.change.scale(dynamics.ensemble.change(model, lot))[None]
+    error = found.mean - model.change.scale(change(model, lot))[None]
     return jnp.mean(jnp.square(error) * jnp.exp(-found.log_var))
 
 
