@@ -144,6 +144,8 @@ def test_trust_asks_two_members_of_a_learned_model() -> None:
     one = build("Hopper-v4", "mbpo", [*trusting, "dynamics.elites=1"])
     with pytest.raises(UserError, match="two members"):
         schedule.check(one, fits_model=True)
+    with pytest.raises(UserError, match="mve-sac has none"):
+        schedule.check(build("Hopper-v4", "mve-sac", trusting), fits_model=True)
     some = build("Hopper-v4", "mbpo", trusting)
     schedule.check(some, fits_model=True)
     with pytest.raises(UserError, match="two members"):

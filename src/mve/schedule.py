@@ -73,6 +73,11 @@ def check(config: Config, fits_model: bool) -> None:
             f"the model is first fitted at step {first_refit} (dynamics.learning_starts + interval_steps), "
             f"after train.learning_starts = {train.learning_starts}; set dynamics.initial_fits"
         )
+    if config.imagination.trust and not config.imagination.starts:
+        raise UserError(
+            f"imagination.trust = {config.imagination.trust} stops rollouts into the imagination buffer, and "
+            f"{config.algo} has none; set imagination.starts, or imagination.trust=0"
+        )
     if config.imagination.trust and (not fits_model or (dynamics.elites or dynamics.members) < 2):
         raise UserError(
             f"imagination.trust = {config.imagination.trust} asks two members of a learned model; "
