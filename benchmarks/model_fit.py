@@ -94,12 +94,11 @@ def remembered(learner: Learner, end: int) -> Transition:
     return jax.tree.map(lambda x: x[: min(end, int(memory.size))], memory.rows)
 
 
-def row(learner: Learner, settings: str, options: argparse.Namespace) -> tuple[str, ...]:
+def row(learner: Learner, steps: Transition, settings: str, options: argparse.Namespace) -> tuple[str, ...]:
     """Settings, errors and cost."""
     asked = config.build(learner.config.env.id, learner.config.algo, settings.split())
     if not asked.dynamics.interval_steps:
         raise UserError("its model is fitted at every block; add dynamics.interval_steps=250 to --try")
-    steps = remembered(learner, options.end)
     found, cost = errors_and_cost(steps, learner.recipe, asked, options.start, options.seed)
     later = found[len(found) // 2 :]
     errors = later[:, :-1]
@@ -120,9 +119,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         learner = Learner.load(options.run, quiet=True)
+        steps = remembered(learner, options.end)
         print(markdown(HEADER, []))
         for settings in options.tries or [""]:
-            print(f"| {' | '.join(row(learner, settings, options))} |", flush=True)
+            print(f"| {' | '.join(row(learner, steps, settings, options))} |", flush=True)
     except UserError as error:
         print(f"model_fit: {error}", file=sys.stderr)
         return 2

@@ -103,7 +103,7 @@ def returns_in_model(
     """What the rows' returns would be if the model were the world, and how many of its steps are ends.
 
     The rows' own step is real; so many imagined ones under the target policy follow, and the critic values
-    what is left.
+    what is left. A loop of its own, for `imagine.rollout` keeps the states of all steps, a thousand here.
     """
     step_fn = dynamics.rollout_step(model, recipe.known, recipe.dynamics, jax.random.key(DRAWS + 2))
     keys = jax.random.split(jax.random.key(DRAWS + 1), steps)
