@@ -41,11 +41,24 @@ class Variant(NamedTuple):
 
 
 FLAGSHIP = "flagship"
-FEWER_FITS = ("dynamics.fits_per_refit=60", "dynamics.batch_size=256", "dynamics.learning_rate=0.001")
+# As the flagship's model was in the runs of the variants that say so.
+LOOSE_MODEL = (
+    "dynamics.norm_inputs=true",
+    "dynamics.layer_norm=false",
+    "dynamics.weight_decay=0.001",
+    "dynamics.bootstrap=true",
+)
+FEWER_FITS = (
+    *LOOSE_MODEL,
+    "dynamics.fits_per_refit=60",
+    "dynamics.batch_size=256",
+    "dynamics.learning_rate=0.001",
+)
 # As the flagship was when the next two were run.
 BEFORE = (*FEWER_FITS, "dynamics.stay_in_data=false", "agent.average_rate=1")
 VARIANTS = {
     FLAGSHIP: Variant("mve-svg"),
+    "loose-model": Variant("mve-svg", LOOSE_MODEL),
     "fewer-fits": Variant("mve-svg", FEWER_FITS),
     "model-unbounded": Variant("mve-svg", BEFORE),
     "gamma-0.99": Variant("mve-svg", (*BEFORE, "targets.discount=0.99")),
@@ -57,7 +70,7 @@ VARIANTS = {
     "preserved-values": Variant("mve-svg", ("agent.preserve_values=true",)),
     "histogram-critics": Variant("mve-svg", ("agent.value_bins=101",)),
     "trusted-branches": Variant("mve-svg", ("imagination.trust=2",)),
-    "honest-noise": Variant("mve-svg", ("dynamics.noise_rows=unseen",)),
+    "honest-noise": Variant("mve-svg", ("dynamics.bootstrap=true", "dynamics.noise_rows=unseen")),
     "resets": Variant("mve-svg", ("agent.reset_optimisers=true",)),
     "mve-sac": Variant("mve-sac"),
     "dhmbpo": Variant("dhmbpo"),
