@@ -167,6 +167,7 @@ def test_critics_may_learn_a_histogram_whose_mean_is_their_value() -> None:
     ("settings", "message"),
     [
         ({"value_bins": 101}, "there are none"),
+        ({"preserve_values": True}, "there are none"),
         ({"value_bins": 2, "value_bounds_rate": 0.1}, "next to nothing"),
         ({"value_bins": 101, "value_bounds_rate": 0.1, "preserve_values": True}, "moves with its bounds"),
     ],

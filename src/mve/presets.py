@@ -335,9 +335,9 @@ PRESETS: dict[str, Preset] = {
     # well as five. The discount is DHMBPO's: with 0.99 Hopper stays with a lunge that ends in a fall.
     # Imagined states keep to the range of real ones: one cheetah lay on its back for thousands of steps, and
     # its critic knew a way to its feet that there was not. The model takes four times as many minibatches,
-    # of half the size, at twice the rate, and is held back otherwise: decay 500 times DHMBPO's, LayerNorm with
-    # scale and shift, all rows for every member. It errs less on the steps to come, and believes in noise
-    # that is nearer to its errors. What is evaluated is an average over some 200 updates.
+    # of half the size, at twice the rate, and is held back: decay 500 times DHMBPO's, LayerNorm with scale
+    # and shift, all rows for every member. It errs less on the steps to come, and believes in noise that is
+    # nearer to its errors. What is evaluated is an average over some 200 updates.
     "mve-svg": Preset(
         "MVE for the critic, value gradients for the actor, of the same three imagined steps: the default",
         "ours, after Feinberg et al. 2018, arXiv 1803.00101; Kubo et al. 2025, TMLR",

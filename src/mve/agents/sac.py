@@ -95,6 +95,11 @@ class SACConfig(ActorCriticConfig):
                 f"agent.value_bins = {self.value_bins} divides the bounds of values, and there are none; "
                 "set agent.value_bounds_rate, 3e-4 is usual"
             )
+        if self.preserve_values and not self.scales_values:
+            raise UserError(
+                "agent.preserve_values = True keeps values where their bounds move, and there are none; "
+                "set agent.value_bounds_rate, 3e-4 is usual"
+            )
         if self.value_bins in (1, 2):
             raise UserError(f"agent.value_bins = {self.value_bins} says next to nothing; 101 is usual")
         if self.value_bins and self.preserve_values:
