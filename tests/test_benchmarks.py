@@ -273,8 +273,10 @@ def test_a_worker_answers_says_what_it_did_unasked_and_passes_a_failure_on(
         with pytest.raises(workers.WorkerFailed, match="unexpected keyword"):
             asked.ask("work", m=3)
         assert asked.ask("work", n=4)["updates"] == 4
-    with workers.Worker(str(tmp_path / "none.py"), cores=1) as gone, pytest.raises(workers.WorkerFailed):
-        gone.ask("work", n=1)
+    with workers.Worker(str(tmp_path / "none.py"), cores=1) as gone:
+        gone._process.wait(60)  # asked when it is gone: the question itself has nowhere to go
+        with pytest.raises(workers.WorkerFailed):
+            gone.ask("work", n=1)
 
 
 @pytest.mark.slow
