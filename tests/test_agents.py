@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -307,17 +309,36 @@ def test_the_target_entropy_is_so_much_an_action_unless_it_is_given() -> None:
 
 
 def test_the_policy_that_is_evaluated_may_be_an_average_of_the_actors() -> None:
-    first = fresh("sac", average_rate=0.25)
+    """Over half of the updates: shares of the newest of 1, 1/1.5, 1/2 at the first, second, third update."""
+    first = fresh("sac", average_share=0.5)
     assert isinstance(first, SAC)
-    second = update(first, some_targets(), jax.random.key(10))
-    third = update(second, some_targets(), jax.random.key(11))
-    wanted = polyak(polyak(first.actor, second.actor, 0.25), third.actor, 0.25)
-    for leaf, other in zip(jax.tree.leaves(third.policy().actor), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-7)
-    assert same(third.exploration_policy(jax.random.key(0)).actor, third.actor)
-    plain = updated(fresh("sac"), 2)
-    assert same(plain.actor, third.actor)  # what is learned is the same
+    second, third, fourth = (updated(first, count) for count in (1, 2, 3))
+    average = polyak(polyak(second.actor, third.actor, 1 / 1.5), fourth.actor, 0.5)
+    for agent, wanted in ((second, second.actor), (fourth, average)):
+        for leaf, other in zip(jax.tree.leaves(agent.policy().actor), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-7)
+    assert same(fourth.exploration_policy(jax.random.key(0)).actor, fourth.actor)
+    plain = updated(fresh("sac"), 3)
+    assert same(plain.actor, fourth.actor)  # what is learned is the same
     assert same(plain.policy().actor, plain.actor)
+
+
+def test_the_actors_steps_fall_with_the_inverse_square_root_of_the_updates() -> None:
+    """After 100 updates of a steady rate, the step of update 400 is half as long, and that of 50 whole."""
+
+    def step(count: int, **settings: int) -> jax.Array:
+        agent = fresh("sac", **settings)
+        assert isinstance(agent, SAC)
+        agent = replace(agent, num_updates=jnp.int32(count))
+        after = updated(agent)
+        assert isinstance(after, SAC)
+        return after.actor.net.layers[0].weight - agent.actor.net.layers[0].weight
+
+    whole = step(0)
+    for count, share in ((50, 1.0), (100, 1.0), (400, 0.5)):
+        got = step(count, actor_rate_falls_after=100)
+        np.testing.assert_allclose(got, share * whole, rtol=1e-3, atol=1e-8)
+    np.testing.assert_array_equal(step(400), whole)
 
 
 # --- DQN ---

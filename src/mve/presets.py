@@ -337,7 +337,8 @@ PRESETS: dict[str, Preset] = {
     # its critic knew a way to its feet that there was not. The model takes four times as many minibatches,
     # of half the size, at twice the rate, and is held back: decay 500 times DHMBPO's, LayerNorm with scale
     # and shift, all rows for every member. It errs less on the steps to come, and believes in noise that is
-    # nearer to its errors. What is evaluated is an average over some 200 updates.
+    # nearer to its errors. The actor's steps shrink as it learns, and what is evaluated is an average of its
+    # last twentieth: a gait as sharp as these trips over steps that the first updates could well bear.
     "mve-svg": Preset(
         "MVE for the critic, value gradients for the actor, of the same three imagined steps: the default",
         "ours, after Feinberg et al. 2018, arXiv 1803.00101; Kubo et al. 2025, TMLR",
@@ -346,7 +347,8 @@ PRESETS: dict[str, Preset] = {
             **_DHMBPO_REFIT,
             "agent.critics": 2,
             "agent.target_rate": 0.02,
-            "agent.average_rate": 0.005,
+            "agent.actor_rate_falls_after": 10_000,
+            "agent.average_share": 0.05,
             "imagination.real_share": 0.5,
             "replay.recency": 2.0,
             "dynamics.fits_per_refit": 240,

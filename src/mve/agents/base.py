@@ -293,12 +293,12 @@ def init_adam(learning_rate: float, params: Any) -> optax.OptState:
 
 
 def adam_step(
-    learning_rate: float, gradient: Tree, opt_state: optax.OptState, params: Tree
+    learning_rate: Array | float, gradient: Tree, opt_state: optax.OptState, params: Tree
 ) -> tuple[Tree, optax.OptState]:
     """One Adam step (Kingma and Ba 2015)."""
     return apply_gradient(optax.adam(learning_rate), gradient, opt_state, params)
 
 
-def polyak(target: Tree, network: Tree, rate: float) -> Tree:
+def polyak(target: Tree, network: Tree, rate: Array | float) -> Tree:
     """target + rate (network - target), leaf by leaf."""
     return jax.tree.map(lambda slow, fast: slow + rate * (fast - slow), target, network)

@@ -61,10 +61,14 @@ class SACConfig(ActorCriticConfig):
     """Critics drawn at random for each target, of which the least counts (REDQ, DHMBPO: 2); 0: all."""
     actor_value: Literal["least", "mean"] = "least"
     """Which of the critics' values the actor is to raise (DHMBPO: mean)."""
-    average_rate: Unit = 1.0
-    """Share of the newest actor in the one that is evaluated and kept, per update. Below 1 that one is an
-    exponential average of the actors so far, which wavers less from update to update (ours; of weights:
-    Izmailov et al. 2018, arXiv 1803.05407). Real and imagined steps are taken by the newest actor."""
+    actor_rate_falls_after: Count = 0
+    """Updates from which on the actor's step size falls, as the inverse square root of their number (ours);
+    0: it stays. Steps of one size keep a sharp gait wavering however long it has been learned."""
+    average_share: Unit = 0.0
+    """Share of all updates so far, the latest ones, over which the actor that is evaluated and kept is about
+    an average (Shamir and Zhang 2013, arXiv 1212.1824, section 4; of weights: Izmailov et al. 2018, arXiv
+    1803.05407); 0: it is the newest. It wavers less from update to update than that one, by which real and
+    imagined steps are taken."""
     value_bounds_rate: Unit = 0.0
     """Where above 0, values are scaled to bounds that move so far towards those of the newest batch at each
     update (DHMBPO: 3e-4), and targets are clipped to them."""
@@ -146,7 +150,7 @@ class SAC(Agent):
         log_temperature = jnp.log(jnp.float32(config.initial_temperature))
         return cls(
             actor=actor,
-            average_actor=None if config.average_rate == 1.0 else jax.tree.map(jnp.copy, actor),
+            average_actor=jax.tree.map(jnp.copy, actor) if config.average_share else None,
             critic=critic,
             target_critic=jax.tree.map(jnp.copy, critic),
             log_temperature=log_temperature,
@@ -234,6 +238,12 @@ class SAC(Agent):
 
         return policy
 
+    def _actor_share(self) -> Array | float:
+        """Of its first step size, what is left of the actor's by now."""
+        if not (steady := self.config.actor_rate_falls_after):
+            return 1.0
+        return jnp.sqrt(steady / jnp.maximum(self.num_updates, steady).astype(jnp.float32))
+
     def _clipped(self, targets: CriticTargets) -> tuple[CriticTargets, Metrics]:
         """Targets within the bounds. Published: the bootstrap alone is clipped; this bounds that as well."""
         if (bounds := self.bounds) is None:
@@ -272,7 +282,8 @@ class SAC(Agent):
             return value
 
         (loss, bonus), gradient = actor_gradient(objective, self._policy_of, value_of, self.actor, obs, key)
-        actor, actor_opt = adam_step(cfg.actor_learning_rate, gradient, self.actor_opt, self.actor)
+        actor_rate = cfg.actor_learning_rate * self._actor_share()
+        actor, actor_opt = adam_step(actor_rate, gradient, self.actor_opt, self.actor)
         temperature = jnp.exp(self.log_temperature)
         log_density = -bonus / temperature
 
@@ -284,9 +295,10 @@ class SAC(Agent):
             cfg.temperature_learning_rate, temperature_gradient, self.temperature_opt, self.log_temperature
         )
         average = self.average_actor
+        share_of_newest = 1.0 / (1.0 + cfg.average_share * self.num_updates.astype(jnp.float32))
         agent = SAC(
             actor=actor,
-            average_actor=None if average is None else polyak(average, actor, cfg.average_rate),
+            average_actor=None if average is None else polyak(average, actor, share_of_newest),
             critic=critic,
             target_critic=target_critic,
             log_temperature=log_temperature,
