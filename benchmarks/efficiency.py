@@ -43,7 +43,7 @@ class Variant(NamedTuple):
 FLAGSHIP = "flagship"
 # As the flagship was before, one upon the other. The average was over some 200 updates throughout, which this
 # share of them is after 40 000.
-STEADY_ACTOR = ("agent.actor_rate_falls_after=0", "agent.average_share=0.005")
+STEADY_ACTOR = ("targets.n_step=1", "agent.actor_rate_falls_after=0", "agent.average_share=0.005")
 LOOSE_MODEL = (
     *STEADY_ACTOR,
     "dynamics.norm_inputs=true",
@@ -65,7 +65,8 @@ VARIANTS = {
     "fewer-fits": Variant("mve-svg", FEWER_FITS),
     "model-unbounded": Variant("mve-svg", BEFORE),
     "gamma-0.99": Variant("mve-svg", (*BEFORE, "targets.discount=0.99")),
-    "no-real-rows": Variant("mve-svg", ("imagination.real_share=0",)),
+    "one-real-step": Variant("mve-svg", ("targets.n_step=1",)),
+    "no-real-rows": Variant("mve-svg", ("imagination.real_share=0", "targets.n_step=1")),
     "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),
     "uniform-replay": Variant("mve-svg", ("replay.recency=1",)),
     "five-steps": Variant("mve-svg", ("agent.model_steps=5", "targets.horizon_steps=4")),

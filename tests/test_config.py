@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mve import config
 from mve.agents import AGENTS
+from mve.agents.sac import SACConfig
 from mve.config import Config, build, from_json, to_json
 from mve.presets import PRESETS
 from mve.types import UserError
@@ -199,8 +200,8 @@ def test_a_bomb_of_a_value_is_refused_in_one_line_or_text(text: str) -> None:
 def test_a_newer_config_is_refused_and_an_older_one_migrates() -> None:
     data = to_json(build("Pendulum-v1"))
     assert data["format"] == config.FORMAT == max(config.MIGRATIONS) + 1
-    with pytest.raises(UserError, match=r"config: format 3, this mve reads 2; use the mve that wrote it"):
-        from_json({**data, "format": 3})
+    with pytest.raises(UserError, match=r"config: format 4, this mve reads 3; use the mve that wrote it"):
+        from_json({**data, "format": 4})
     for version in (0, True, "2", None, 1.0):
         with pytest.raises(UserError, match="is not a version"):
             from_json({**data, "format": version})
@@ -211,10 +212,22 @@ def test_a_newer_config_is_refused_and_an_older_one_migrates() -> None:
     assert from_json({**first, "train": data["train"]}) == from_json(data)
 
 
+@pytest.mark.parametrize(("rate", "share"), [(1.0, 0.0), (0.005, 0.008)])
+def test_an_older_average_of_actors_spans_the_share_that_it_was_of_the_budget(
+    rate: float, share: float
+) -> None:
+    data = to_json(build("Pendulum-v1", "mve-svg", ["train.total_steps=25000"]))
+    agent = {k: v for k, v in data["agent"].items() if k != "average_share"}
+    older = {**data, "format": 2, "agent": {**agent, "average_rate": rate}}
+    built = from_json(older)
+    assert isinstance(built.agent, SACConfig)
+    assert built.agent.average_share == pytest.approx(share)
+
+
 def test_migrations_are_applied_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "FORMAT", 3)
+    monkeypatch.setattr(config, "FORMAT", 4)
     rename = lambda data: {**data, "seed": data["seed"] + 1}  # noqa: E731
-    monkeypatch.setitem(config.MIGRATIONS, 2, rename)
+    monkeypatch.setitem(config.MIGRATIONS, 3, rename)
     data = to_json(build("Pendulum-v1"))
-    assert from_json({**data, "format": 3}).seed == 0
+    assert from_json({**data, "format": 4}).seed == 0
     assert from_json({**data, "format": 2}).seed == from_json({**data, "format": 1}).seed == 1

@@ -172,6 +172,13 @@ def test_segments_are_drawn_as_single_rows_are() -> None:
     np.testing.assert_array_equal(segment.rows.step[0], SAMPLE(memory, (30,), jax.random.key(0)).step)
 
 
+def test_segments_may_be_of_the_newest_rows_above_all() -> None:
+    memory = remembered(CAPACITY + 3)
+    segment = replay.sample_segments(memory, 30, 3, jax.random.key(0), recency=2.0)
+    one = replay.sample(memory, (30,), jax.random.key(0), recency=2.0)
+    np.testing.assert_array_equal(segment.rows.step[0], one.step)
+
+
 def test_a_ring_as_short_as_a_segment_never_takes_the_oldest_row_for_the_next() -> None:
     # One long episode fills the ring: after the newest row comes the oldest, of the same episode.
     memory = replay.init(4, 2, 1)

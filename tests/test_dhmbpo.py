@@ -381,6 +381,26 @@ def mixed(share: float) -> Recipe:
     return replace(ours, imagination=replace(ours.imagination, real_share=share))
 
 
+def test_what_is_imagined_goes_on_where_several_real_steps_have_led_to() -> None:
+    """The block is one episode of 20 steps: four steps on from the row that each target is for."""
+    ours = mixed(0.4)
+    ours = replace(ours, targets=replace(ours.targets, n_step=4))
+    state = remembering(ours)
+    shared = experience.imagine_once(state, ours, jax.random.key(8))
+    assert shared.real is not None
+    rows, real = state.replay.rows, shared.real
+    np.testing.assert_array_equal(shared.whole.obs[0, :3], real.next_obs)
+    for i in range(3):
+        begin = int(np.flatnonzero((np.asarray(rows.obs[:20]) == np.asarray(real.obs[i])).all(-1))[0])
+        ended = np.flatnonzero(np.asarray(rows.continuation[begin : begin + 4]) == 0)
+        last = begin + 3 if not ended.size else begin + int(ended[0])
+        last = min(last, 19)
+        np.testing.assert_array_equal(real.next_obs[i], rows.next_obs[last])
+        np.testing.assert_allclose(
+            real.continuation[i], 0.9 ** (last - begin) * rows.continuation[last], rtol=1e-6
+        )
+
+
 def test_real_steps_are_expanded_by_the_whole_of_the_rollouts_that_start_where_they_led_to() -> None:
     """Three of eight rows, by hand: y = r + g c (b_0 + r_0 + g c_0 (b_1 + r_1 + ... V)), that of s' in it."""
     ours = mixed(0.4)

@@ -152,6 +152,22 @@ def test_trust_asks_two_members_of_a_learned_model() -> None:
         schedule.check(some, fits_model=False)
 
 
+def test_several_real_steps_ask_for_real_rows_and_for_nobody_else_who_sums_them() -> None:
+    several = ["targets.n_step=3", "train.total_steps=9000"]
+
+    def check(algo: str, *settings: str) -> None:
+        schedule.check(build("Hopper-v4", algo, [*several, *settings]), fits_model=True)
+
+    for algo in ("mve-sac", "mbpo", "td3"):
+        check(algo)
+    with pytest.raises(UserError, match="weighs the real steps that followed by itself"):
+        check("sac", "targets.estimator=retrace")
+    with pytest.raises(UserError, match="leaves none to learn from"):
+        check("dhmbpo")
+    with pytest.raises(UserError, match="what single steps earn"):
+        check("sac", "agent.value_bounds_rate=3e-4")
+
+
 def test_only_the_newest_rounds_are_sampled() -> None:
     ours = recipe(length=(1, 1), length_ramp=(0, 1), rounds_kept=1)
     ours = replace(ours, imagination=replace(ours.imagination, length=(1, 3), length_ramp=(100, 101)))

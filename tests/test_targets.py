@@ -9,7 +9,7 @@ import pytest
 
 from mve import targets
 from mve.targets import TargetsConfig
-from mve.types import CriticTargets, EstimatorFns, Imagined, Transition
+from mve.types import CriticTargets, EstimatorFns, Imagined, Segment, Transition
 
 GAMMA = 0.5
 EXPANDED = ["mve", "mve_tdk", "lambda"]
@@ -299,3 +299,46 @@ def test_estimators_vectorise_over_seeds(estimator: str) -> None:
     for i, case in enumerate(cases):
         for a, b in zip(jax.tree.map(lambda x, i=i: x[i], together), estimate(estimator, *case), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+# --- Several real steps as one ---
+
+
+ENDS = ((0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 1.0, 0.0, 0.0))  # of steps, row by row
+
+
+def three_real_steps() -> tuple[Segment, jax.Array]:
+    """Rewards 1, 2, 4 and bonuses 8, 16 in the second and third state, for four rows: all three steps, none
+    of them the last; all three, the last an end; an end after two; a cut after one. Step t leads to t + 1."""
+    steps = [
+        transition([r] * 4, [1.0 - e for e in ends]) for r, ends in zip((1.0, 2.0, 4.0), ENDS, strict=True)
+    ]
+    rows: Transition = jax.tree.map(lambda *x: jnp.stack(x), *steps)
+    led_to = jnp.broadcast_to(jnp.arange(1.0, 4.0)[:, None, None], (3, 4, 1))
+    valid = jnp.array([[True] * 4, [True, True, True, False], [True, True, False, False]])
+    bonus = jnp.broadcast_to(jnp.array([[8.0], [16.0]]), (2, 4))
+    return Segment(rows._replace(next_obs=led_to), valid), bonus
+
+
+def test_several_real_steps_are_one_whose_target_is_their_sum_and_what_follows() -> None:
+    """By hand at gamma 1/2, V = 16 + s, which is 19 after three steps:
+
+    1 + (8 + 2) / 2 + (16 + 4) / 4 + 19 / 8 = 13.375; without a future 11; two, the second an end: 6; one: 1 + 17 / 2.
+    """
+    one = targets.n_steps_as_one(*three_real_steps(), GAMMA)
+    np.testing.assert_allclose(one.reward, [11.0, 11.0, 6.0, 1.0])
+    np.testing.assert_allclose(one.continuation, [0.25, 0.0, 0.0, 1.0])
+    np.testing.assert_allclose(one.next_obs[:, 0], [3.0, 3.0, 2.0, 1.0])
+    np.testing.assert_array_equal(one.obs, three_real_steps()[0].rows.obs[0])
+    rollout = imagined([[0.0] * 4])
+    rollout = rollout._replace(obs=one.next_obs[None].repeat(2, 0))
+    got = estimate("one_step", one, rollout)
+    np.testing.assert_allclose(got.value, [13.375, 11.0, 6.0, 9.5])
+
+
+def test_one_real_step_is_itself() -> None:
+    segment, bonus = three_real_steps()
+    alone = Segment(*jax.tree.map(lambda x: x[:1], segment))
+    one = targets.n_steps_as_one(alone, bonus[:0], GAMMA)
+    for got, wanted in zip(one, jax.tree.map(lambda x: x[0], segment.rows), strict=True):
+        np.testing.assert_array_equal(got, wanted)

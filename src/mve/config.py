@@ -27,7 +27,7 @@ from mve.targets import TargetsConfig
 from mve.types import Count, Json, NonNegative, OwnCount, Positive, UserError
 
 LONGEST_SHOWN = 100  # characters of a value in a message
-FORMAT = 2  # of config.json; files that do not say are of format 1
+FORMAT = 3  # of config.json; files that do not say are of format 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +183,23 @@ def _before_overlap(data: Json) -> Json:
     return data | {"train": {"overlap": False} | settings} if isinstance(settings, dict) else data
 
 
+def _before_average_share(data: Json) -> Json:
+    """The evaluated actor was an exponential average, of a rate that was the same throughout. What is learned
+    does not depend on it; from here on its span is that share which it was of the budget."""
+    settings = data.get("agent")
+    if not isinstance(settings, dict) or "average_rate" not in settings:
+        return data
+    settings = dict(settings)
+    rate, train = settings.pop("average_rate"), data.get("train")
+    steps = train.get("total_steps") if isinstance(train, dict) else None
+    if isinstance(rate, int | float) and 0 < rate < 1 and isinstance(steps, int) and steps > 0:
+        settings["average_share"] = min(1.0, 1.0 / (rate * steps))
+    return data | {"agent": settings}
+
+
 # From the version that is the key to the next. Settings that are new need no migration where their default
 # is what was done before.
-MIGRATIONS: dict[int, Callable[[Json], Json]] = {1: _before_overlap}
+MIGRATIONS: dict[int, Callable[[Json], Json]] = {1: _before_overlap, 2: _before_average_share}
 
 
 def _config(data: Json) -> Config:

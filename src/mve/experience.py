@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mve import dynamics, imagine, replay
+from mve import dynamics, imagine, replay, targets
 from mve.replay import Replay
 from mve.state import Recipe, TrainState
 from mve.types import Imagined, Key, Metrics, PolicyFn, Segment, StepFn, Transition
@@ -34,9 +34,9 @@ def sample_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
     """A batch of real transitions or, where imagined ones are kept, its share of both."""
     size, imagination = recipe.agent.batch_size, recipe.imagination
     if state.imagined is None:
-        return replay.sample(state.replay, (size,), key, recency=recipe.recency)
+        return real_batch(state, recipe, size, key)
     real_key, imagined_key, share_key, step_key = jax.random.split(key, 4)
-    real = replay.sample(state.replay, (size,), real_key, recency=recipe.recency)
+    real = real_batch(state, recipe, size, real_key)
     dreamt = _imagined_batch(state, recipe, imagined_key)
     if imagination.first_step == "imagined":
         step_fn = model_step(state, recipe, step_key)
@@ -50,6 +50,16 @@ def sample_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
         return jnp.where(is_real.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
     return jax.tree.map(choose, real, dreamt)
+
+
+def real_batch(state: TrainState, recipe: Recipe, size: int, key: Key) -> Transition:
+    """Real transitions, each with so many of the steps that followed it as the targets are to sum."""
+    if (n_step := recipe.targets.n_step) == 1:
+        return replay.sample(state.replay, (size,), key, recency=recipe.recency)
+    key, bonus_key = jax.random.split(key)
+    segment = replay.sample_segments(state.replay, size, n_step, key, recency=recipe.recency)
+    _, bonus = state.agent.target_policy(segment.rows.obs[1:], bonus_key)
+    return targets.n_steps_as_one(segment, bonus, recipe.targets.discount)
 
 
 def _imagined_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
@@ -91,7 +101,7 @@ def imagine_once(state: TrainState, recipe: Recipe, key: Key) -> Shared:
     real = None
     if recipe.real_rows:
         real_key = jax.random.fold_in(start_key, 1)
-        real = replay.sample(state.replay, (recipe.real_rows,), real_key, recency=recipe.recency)
+        real = real_batch(state, recipe, recipe.real_rows, real_key)
         start = start._replace(obs=_led_to(real, start.obs))
     actor, policy_of = state.agent.acting()
     step_fn = model_step(state, recipe, rollout_key)

@@ -329,7 +329,8 @@ PRESETS: dict[str, Preset] = {
         _DHMBPO_SOON,
     ),
     # What DHMBPO leaves on the table where steps are few. Half of the rows are real steps, which the same
-    # rollouts expand, so that real rewards and falls count whatever the model says. Targets follow four
+    # rollouts expand, so that real rewards and falls count whatever the model says: eight real steps before
+    # three imagined ones, for the model does not see most falls coming. Targets follow four
     # times as fast, for its critic was the slow part. What is drawn from replay is mostly recent: the random
     # steps before learning say little of where the policy now is. Two critics do; three imagined steps as
     # well as five. The discount is DHMBPO's: with 0.99 Hopper stays with a lunge that ends in a fall.
@@ -347,6 +348,7 @@ PRESETS: dict[str, Preset] = {
             **_DHMBPO_REFIT,
             "agent.critics": 2,
             "agent.target_rate": 0.02,
+            "targets.n_step": 8,
             "agent.actor_rate_falls_after": 10_000,
             "agent.average_share": 0.05,
             "imagination.real_share": 0.5,

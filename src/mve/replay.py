@@ -65,26 +65,32 @@ def sample(
     Uniformly, or, with a recency p above 1, those of a share x of all that are newest with probability
     x^(1/p): at 2, half of what is drawn is of the newest quarter.
     """
-    if newest is None and recency == 1.0:
-        index = jax.random.randint(key, shape, 0, replay.size)
+    if newest is None:
+        index = _drawn(replay, shape, key, recency)
     else:
-        if newest is None:
-            share = jax.random.uniform(key, shape) ** recency
-            age = (replay.size.astype(jnp.float32) * share).astype(jnp.int32)
-            age = jnp.minimum(age, replay.size - 1)
-        else:
-            age = jax.random.randint(key, shape, 0, jnp.minimum(newest, replay.size))
+        age = jax.random.randint(key, shape, 0, jnp.minimum(newest, replay.size))
         index = (replay.position - 1 - age) % replay.capacity
     return jax.tree.map(lambda ring: ring[index], replay.rows)
 
 
-def sample_segments(replay: Replay, batch_size: int, num_rows: int, key: Key) -> Segment:
-    """Rows drawn uniformly, as `sample` draws them, each with those that followed it: axes (num_rows, B).
+def _drawn(replay: Replay, shape: tuple[int, ...], key: Key, recency: float) -> Array:
+    """Where in the ring the rows of a sample are."""
+    if recency == 1.0:
+        return jax.random.randint(key, shape, 0, replay.size)
+    share = jax.random.uniform(key, shape) ** recency
+    age = (replay.size.astype(jnp.float32) * share).astype(jnp.int32)
+    return (replay.position - 1 - jnp.minimum(age, replay.size - 1)) % replay.capacity
+
+
+def sample_segments(
+    replay: Replay, batch_size: int, num_rows: int, key: Key, *, recency: float = 1.0
+) -> Segment:
+    """Rows drawn as `sample` draws them, each with those that followed it: axes (num_rows, B).
 
     A segment goes on while the episode is the same and `step` counts up by one; where it ends, at the
     episode's end, at the newest row or where the oldest have been overwritten, rows are not valid.
     """
-    first = jax.random.randint(key, (batch_size,), 0, replay.size)
+    first = _drawn(replay, (batch_size,), key, recency)
     index = (first[None] + jnp.arange(num_rows)[:, None]) % replay.capacity
     rows: Transition = jax.tree.map(lambda ring: ring[index], replay.rows)
     # Rows never written lie beyond the size; their episode and step could be those of a real row.

@@ -100,10 +100,33 @@ def _check_estimator(config: Config) -> None:
             f"targets.estimator = {targets.estimator} reads what followed real transitions, and nothing "
             "followed imagined ones; set imagination.starts=0"
         )
+    if targets.n_step > 1:
+        _check_n_step(config)
     if targets.calibrates and targets.horizon_steps > block_steps:
         raise UserError(
             f"targets.estimator = calibrated measures the model within a block: targets.horizon_steps = "
             f"{targets.horizon_steps} has to be at most train.block_steps = {block_steps}"
+        )
+
+
+def _check_n_step(config: Config) -> None:
+    """Refuse sums of real steps where there is nobody to read them, or to misread them."""
+    targets, imagination = config.targets, config.imagination
+    asked = f"targets.n_step = {targets.n_step}"
+    if targets.reads_segments:
+        raise UserError(
+            f"{asked}, and targets.estimator = {targets.estimator} weighs the real steps that followed by "
+            "itself; set targets.n_step=1, and targets.horizon_steps to their number"
+        )
+    if imagination.starts and not imagination.real_share:
+        raise UserError(
+            f"{asked} sums real steps, and imagination.real_share = 0 leaves none to learn from; "
+            "set targets.n_step=1, or a share above 0"
+        )
+    if config.agent.scales_values and not targets.imagined_steps:
+        raise UserError(
+            f"{asked}, and agent.value_bounds_rate asks what single steps earn, which it sees in imagined ones "
+            "alone then; set agent.value_bounds_rate=0, or targets.estimator=mve and targets.horizon_steps=1"
         )
 
 

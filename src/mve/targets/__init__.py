@@ -27,6 +27,7 @@ from mve.targets.base import (
     TargetsConfig,
     candidate_returns,
     joined,
+    n_steps_as_one,
     real_row,
     returns_to_go,
 )
@@ -85,6 +86,7 @@ __all__ = [
     "lambda_return",
     "mve",
     "mve_tdk",
+    "n_steps_as_one",
     "one_step",
     "real_row",
     "retrace",

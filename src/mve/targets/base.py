@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mve.types import Count, CriticTargets, Discount, Transition, Unit
+from mve.types import Count, CriticTargets, Discount, Positive, Segment, Transition, Unit
 
 VARIANCE_FLOOR = 1e-8  # added to variances and squared errors, in squared units of return
 
@@ -39,6 +39,10 @@ class TargetsConfig:
     calibration_decay: Unit = 0.98
     """What calibrated keeps of its measurements from block to block; at 0.98 with blocks of 20 steps the
     last 1000 or so count. 0: the last block alone."""
+    n_step: Positive = 1
+    """Real steps that are summed before a target expands what they led to, fewer where the episode ends. The
+    actions after the first are taken as they were, whatever the policy would do now (uncorrected, as in
+    Rainbow, Hessel et al. 2018, arXiv 1710.02298, who have 3): recent data suit more of them."""
     divide_by_horizon: bool = True
     """Divide the loss of mve_tdk by H, as the paper prints it; its H+1 terms then sum to (H+1)/H."""
 
@@ -111,6 +115,27 @@ def returns_to_go(
         return (here := r + d * later), here
 
     return jax.lax.scan(backwards, bootstrap, (reward, discount), reverse=True)[1]
+
+
+def n_steps_as_one(segment: Segment, bonus: Float[Array, " later B"], discount: float) -> Transition:
+    """Real steps (n, B) that followed one another, as one transition each, whose target is
+
+        r_0 + sum_{0<i<m} gamma^i (b_i + r_i) + gamma^m c_{m-1} V(s_m)
+
+    of the m of them that are valid: its reward is the sum, its continuation gamma^(m-1) c_{m-1}, so that
+    estimators need not know. `bonus` is the policy's in the states after the first (Sutton and Barto 2018,
+    section 7.1; with an entropy term: Haarnoja et al. 2018a, section 3, summed over steps).
+    """
+    rows, valid = segment
+    weight = discount ** jnp.arange(len(valid), dtype=jnp.float32)[:, None] * valid.astype(jnp.float32)
+    last = jnp.sum(valid, axis=0, dtype=jnp.int32) - 1
+    final: Transition = jax.tree.map(lambda x: x[last, jnp.arange(len(last))], rows)
+    first: Transition = jax.tree.map(lambda x: x[0], rows)
+    return first._replace(
+        reward=jnp.sum(weight * rows.reward, axis=0) + jnp.sum(weight[1:] * bonus, axis=0),
+        next_obs=final.next_obs,
+        continuation=discount ** last.astype(jnp.float32) * final.continuation,
+    )
 
 
 def real_row(
