@@ -520,6 +520,18 @@ def test_retrace_is_judged_on_what_was_played() -> None:
     np.testing.assert_allclose(got.horizon_weight, [(0.5 + 0.5 + 1) / 3, (0.25 + 0.5) / 3, 0.25 / 3])
 
 
+def test_sums_of_real_steps_are_judged_on_what_was_played() -> None:
+    """From step 0 three rewards and a value, at gamma 1/2; from the last one reward and a value."""
+    settings = ["targets.n_step=3", "targets.discount=0.5", "agent.hidden=[16]"]
+    learner = Learner("Pendulum-v1", "ddpg", settings=settings, quiet=True)
+    block, _ = learner.run.env.collect(lambda obs: np.zeros(1), 5)
+    rows: Transition = jax.tree.map(jnp.asarray, block)
+    got = measure.estimated_targets(learner.state, learner.recipe, rows, jnp.array([0, 4]))
+    value = measure.state_values(learner.state.agent, rows.next_obs)
+    by_hand = rows.reward[0] + rows.reward[1] / 2 + (rows.reward[2] + value[2] / 2) / 4
+    np.testing.assert_allclose(got.value, [by_hand, rows.reward[4] + value[4] / 2], rtol=1e-5)
+
+
 def test_diagnose_refuses_what_is_no_run_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

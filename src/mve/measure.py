@@ -22,6 +22,7 @@ from mve import dynamics, experience, imagine, targets, train
 from mve.agents import Agent
 from mve.dynamics import Dynamics
 from mve.state import Recipe, TrainState
+from mve.targets import TargetsConfig
 from mve.types import CriticTargets, Imagined, Json, Segment, StepFn, Transition
 
 DRAWS = 5  # seed of what is drawn in imagination
@@ -128,6 +129,8 @@ def returns_in_model(
 def estimated_targets(state: TrainState, recipe: Recipe, rows: Transition, starts: Array) -> CriticTargets:
     """What the run's own estimator makes of some of the rows played, as in training; real rows come first."""
     batch: Transition = jax.tree.map(lambda x: x[starts], rows)
+    if recipe.targets.n_step > 1:
+        batch = _summed(state.agent, rows, starts, recipe.targets)
     if recipe.targets.reads_segments:
         ahead = _played_on(state.agent, rows, starts, recipe.targets.horizon_steps)
     else:
@@ -136,14 +139,26 @@ def estimated_targets(state: TrainState, recipe: Recipe, rows: Transition, start
     return targets.estimate(batch, ahead, ask, recipe.targets)
 
 
+def _summed(agent: Agent, rows: Transition, starts: Array, config: TargetsConfig) -> Transition:
+    """Some of the rows, each with the real steps that the run's targets sum."""
+    segment = _on_from(rows, starts, jnp.arange(config.n_step))
+    _, bonus = agent.target_policy(segment.rows.obs[1:], jax.random.key(DRAWS + 2))
+    return targets.n_steps_as_one(segment, bonus, config.discount)
+
+
 def _played_on(agent: Agent, rows: Transition, starts: Array, horizon: int) -> Segment:
     """What followed, by the target policy itself: its own densities are those of the actions played."""
-    last = rows.reward.shape[0] - 1
-    index = starts[None] + 1 + jnp.arange(horizon)[:, None]
-    followed: Transition = jax.tree.map(lambda x: x[jnp.minimum(index, last)], rows)
-    valid = (index <= last) & (followed.episode == rows.episode[starts][None])
+    followed, valid = _on_from(rows, starts, 1 + jnp.arange(horizon))
     log_density = agent.log_density(followed.obs, followed.action)
     return Segment(followed._replace(log_density=log_density), valid)
+
+
+def _on_from(rows: Transition, starts: Array, offset: Array) -> Segment:
+    """What was played so many steps on from some rows, while the episode was the same."""
+    last = rows.reward.shape[0] - 1
+    index = starts[None] + offset[:, None]
+    played: Transition = jax.tree.map(lambda x: x[jnp.minimum(index, last)], rows)
+    return Segment(played, (index <= last) & (played.episode == rows.episode[starts][None]))
 
 
 def selector(by_horizon: np.ndarray, target: np.ndarray, earned: np.ndarray) -> Json:

@@ -125,8 +125,8 @@ def _check_n_step(config: Config) -> None:
         )
     if config.agent.scales_values and not targets.imagined_steps:
         raise UserError(
-            f"{asked}, and agent.value_bounds_rate asks what single steps earn, which it sees in imagined ones "
-            "alone then; set agent.value_bounds_rate=0, or targets.estimator=mve and targets.horizon_steps=1"
+            f"{asked}, and agent.value_bounds_rate asks what single steps earn, which imagined ones say, and "
+            "there are none; set agent.value_bounds_rate=0, or have some imagined (targets.estimator=mve)"
         )
 
 
