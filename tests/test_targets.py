@@ -322,7 +322,7 @@ def three_real_steps() -> tuple[Segment, jax.Array]:
 
 def test_several_real_steps_are_one_whose_target_is_their_sum_and_what_follows() -> None:
     """By hand at gamma 1/2, V = 16 + s, which is 19 after three steps: 1 + (8 + 2) / 2 + (16 + 4) / 4
-    + 19 / 8 = 13.375; without a future 11; an end after two: 1 + (8 + 2) / 2 = 6; a cut after one: 1 + 17 / 2 = 9.5.
+    + 19 / 8 = 13.375; without a future 11; an end after two: 1 + 10 / 2 = 6; a cut after one: 1 + 17 / 2.
     """
     one = targets.n_steps_as_one(*three_real_steps(), GAMMA)
     np.testing.assert_allclose(one.reward, [11.0, 11.0, 6.0, 1.0])
