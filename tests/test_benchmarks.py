@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ def bench() -> Iterator[Loaded]:
     names = (
         "report",
         "bars",
+        "critic_fit",
         "device_profile",
         "efficiency",
         "model_fit",
@@ -380,6 +381,39 @@ def test_a_models_fit_is_measured_on_what_a_run_remembers(
         assert 0 < float(many) < 0.7 * float(few)
     assert bench["model_fit"].main([str(tmp_path / "saved")]) == 2
     assert "dynamics.interval_steps=250" in capsys.readouterr().err
+
+
+def test_critics_are_fitted_to_the_policy_of_a_run_as_it_is(
+    bench: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More updates of the critics alone come nearer to what the policy earns; nothing else may be changed."""
+    tiny = (
+        "agent.hidden=[16]",
+        "agent.target_rate=0.05",
+        "targets.discount=0.8",
+        "train.learning_starts=300",
+    )
+    learner = Learner("Pendulum-v1", "td3", settings=tiny, run_dir=tmp_path / "run", quiet=True)
+    learner.learn(310)
+    run, asked = str(tmp_path / "run"), ["--episodes", "2", "--try", "targets.n_step=2"]
+    assert bench["critic_fit"].main([run, *asked, "--updates", "1500"]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    left, more = (float(line[2]) for line in lines)
+    assert more < 0.7 * left
+    assert bench["critic_fit"].main([run, "--try", "agent.critics=1"]) == 2
+    assert "agent and model are held" in capsys.readouterr().err
+
+
+def test_critics_are_held_against_what_was_earned_by_hand(bench: Loaded) -> None:
+    """Values 2, 4 and 4 against 1, 2 and 6: off by 1, 2 and -2, of which the second is near an end."""
+
+    class Opinions:
+        def action_values(self, obs: jax.Array, action: jax.Array) -> jax.Array:
+            return jnp.stack([obs[:, 0] - 1, obs[:, 0] + 1])
+
+    rows = SimpleNamespace(obs=np.array([[2.0], [4.0], [4.0]]), action=np.zeros((3, 1)))
+    earned = bench["critic_fit"].Earned(rows, np.array([1.0, 2.0, 6.0]), np.array([False, True, False]))
+    assert bench["critic_fit"].row(Opinions(), earned, "ours") == ("ours", "+0", "2", "0.655", "4", "2")
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
