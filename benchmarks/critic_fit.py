@@ -5,8 +5,8 @@
 Fresh episodes of the policy in training say what it earns from every state (as for `mve diagnose`). Then the
 critics alone go on for --updates, its actor and its model being held, under the run's preset with other
 settings of targets, imagination and replay (`section.field=value`, several in quotes). The first line is the
-run as it was left. Bias that is the same everywhere moves no actor; the correlation with what was earned, over
-all steps played, says how well critics tell states apart, and so does their value shortly before episodes end.
+run as it was left. Bias that is the same everywhere moves no actor; the correlation with what was earned,
+over all steps played, says how well critics tell states apart, and so do values shortly before an end.
 """
 
 from __future__ import annotations
