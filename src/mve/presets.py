@@ -329,17 +329,16 @@ PRESETS: dict[str, Preset] = {
         _DHMBPO_SOON,
     ),
     # What DHMBPO leaves on the table where steps are few. Half of the rows are real steps, which the same
-    # rollouts expand, so that real rewards and falls count whatever the model says: eight real steps before
-    # three imagined ones, for the model does not see most falls coming. Targets follow four times as fast:
-    # its critic was the slow part. What is drawn from replay is mostly recent: the random steps before
-    # learning say little of where the policy now is. Two critics do; three imagined steps as well as five.
-    # The discount is DHMBPO's: with 0.99 Hopper stays with a lunge that ends in a fall. Imagined states keep
-    # to the range of real ones: one cheetah lay on its back for thousands of steps, and its critic knew a way
-    # to its feet that there was not. The model takes four times as many minibatches, of half the size, at
-    # twice the rate, and is held back: decay 500 times DHMBPO's, LayerNorm with scale and shift, all rows for
-    # every member. It errs less on the steps to come, and believes in noise that is nearer to its errors. The
-    # actor's steps shrink as it learns, and what is evaluated is an average of its last twentieth: a gait as
-    # sharp as these trips over steps that the first updates could well bear.
+    # rollouts expand, so that real rewards and falls count whatever the model says. Targets follow four
+    # times as fast, for its critic was the slow part. What is drawn from replay is mostly recent: the random
+    # steps before learning say little of where the policy now is. Two critics do; three imagined steps as
+    # well as five. The discount is DHMBPO's: with 0.99 Hopper stays with a lunge that ends in a fall.
+    # Imagined states keep to the range of real ones: one cheetah lay on its back for thousands of steps, and
+    # its critic knew a way to its feet that there was not. The model takes four times as many minibatches,
+    # of half the size, at twice the rate, and is held back: decay 500 times DHMBPO's, LayerNorm with scale
+    # and shift, all rows for every member. It errs less on the steps to come, and believes in noise that is
+    # nearer to its errors. What is evaluated is an average over the last twentieth of the updates: from one
+    # to the next, a gait as sharp as these trips or does not.
     "mve-svg": Preset(
         "MVE for the critic, value gradients for the actor, of the same three imagined steps: the default",
         "ours, after Feinberg et al. 2018, arXiv 1803.00101; Kubo et al. 2025, TMLR",
@@ -348,8 +347,6 @@ PRESETS: dict[str, Preset] = {
             **_DHMBPO_REFIT,
             "agent.critics": 2,
             "agent.target_rate": 0.02,
-            "targets.n_step": 8,
-            "agent.actor_rate_falls_after": 10_000,
             "agent.average_share": 0.05,
             "imagination.real_share": 0.5,
             "replay.recency": 2.0,
