@@ -232,7 +232,7 @@ def picture(
             axis.set_xlim(0, end)
             axis.set_xlabel("environment steps")
             axis.xaxis.set_major_formatter(thousands)
-            axis.legend(fontsize=8.5, loc="upper left")
+            axis.legend(fontsize=8.5, loc="best")
         figure.axes[0].set_ylabel("evaluation return, IQM and 95 % interval")
         return write(figure, output)
 
