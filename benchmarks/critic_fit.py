@@ -65,7 +65,8 @@ def asked_recipe(learner: Learner, settings: str) -> Recipe:
         if not setting.startswith(ALLOWED):
             raise UserError(f"--try {setting}: agent and model are held; set one of {', '.join(ALLOWED)}")
     asked = config.build(learner.config.env.id, learner.config.algo, settings.split())
-    asked = replace(asked, train=learner.config.train)
+    own = learner.config
+    asked = replace(asked, train=own.train, dynamics=own.dynamics, agent=own.agent)
     schedule.check(asked, learner.recipe.fits_model)
     targets = replace(asked.targets, discount=learner.recipe.targets.discount)
     recipe = replace(

@@ -21,6 +21,7 @@ import pytest
 from mve import replay
 from mve.config import build
 from mve.learner import Learner
+from mve.types import UserError
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -402,6 +403,17 @@ def test_critics_are_fitted_to_the_policy_of_a_run_as_it_is(
     assert more < 0.7 * left
     assert bench["critic_fit"].main([run, "--try", "agent.critics=1"]) == 2
     assert "agent and model are held" in capsys.readouterr().err
+
+
+def test_critics_are_tried_with_what_the_run_itself_has_found_out(bench: Loaded, tmp_path: Path) -> None:
+    """Its discount, and when it began to learn: the preset says "episode" and "auto"."""
+    settings = ["train.total_steps=2000", "agent.hidden=[8]", "dynamics.hidden=[8,8,8]"]
+    learner = Learner("Pendulum-v1", settings=settings, run_dir=tmp_path / "run", quiet=True)
+    recipe = bench["critic_fit"].asked_recipe(learner, "targets.n_step=3 replay.recency=1")
+    assert (recipe.targets.n_step, recipe.recency) == (3, 1.0)
+    assert recipe.targets.discount == learner.recipe.targets.discount == pytest.approx(0.975)
+    with pytest.raises(UserError, match="buffer of imagined rows"):
+        bench["critic_fit"].asked_recipe(learner, "imagination.length=[99,99]")
 
 
 def test_critics_are_held_against_what_was_earned_by_hand(bench: Loaded) -> None:
