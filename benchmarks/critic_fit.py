@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficiency import markdown
-from mve import config, episodes, experience, log, measure, schedule, train
+from mve import config, diagnose, episodes, experience, log, schedule, train
 from mve.agents import Agent
 from mve.learner import Learner
 from mve.state import Recipe, TrainState
@@ -31,7 +31,6 @@ from mve.types import Key, Transition, UserError
 
 HEADER = ("settings", "bias", "root mean square", "correlation", "before an end", "earned there")
 NEAR, FAR = 20, 100  # steps to an episode's end that are called shortly before
-LARGEST_TAIL = 0.05  # weight of what was not played, in a return that is scored
 ALLOWED = ("targets.", "imagination.real_share", "imagination.length", "replay.recency")
 
 
@@ -47,16 +46,12 @@ def play(learner: Learner, num_episodes: int) -> Earned:
     """Steps of fresh episodes under the policy in training."""
     with log.capture_mujoco_warnings(None):
         played = episodes.play(learner, num_episodes)
-    tail_value = np.where(played.last, measure.state_values(learner.state.agent, played.rows.next_obs), 0.0)
-    value, tail = measure.monte_carlo_returns(
-        played, tail_value.astype(np.float32), learner.recipe.targets.discount
-    )
-    ends = np.flatnonzero(played.last)
-    end = ends[np.searchsorted(ends, np.arange(len(value)))]
-    to_go = end - np.arange(len(value))
+    judged = diagnose.judged_steps(learner, played, np.arange(len(played.last)))
+    kept, ends = np.asarray(judged.starts), np.flatnonzero(played.last)
+    end = ends[np.searchsorted(ends, kept)]
+    to_go = end - kept
     near = (np.asarray(played.rows.continuation)[end] == 0) & (to_go >= NEAR) & (to_go < FAR)
-    kept = tail <= LARGEST_TAIL
-    return Earned(jax.tree.map(lambda x: np.asarray(x)[kept], played.rows), value[kept], near[kept])
+    return Earned(judged.rows, judged.earned, near)
 
 
 def asked_recipe(learner: Learner, settings: str) -> Recipe:

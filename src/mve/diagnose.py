@@ -92,7 +92,7 @@ def diagnose(learner: Learner, num_episodes: int = 5, *, from_replay: bool = Fal
             "lengths": np.bincount(within.rows.episode).tolist(),
             "starts": len(starts),
         }
-        judged = _judged(learner, played, starts)
+        judged = judged_steps(learner, played, starts)
         report |= _critic(learner, judged)
         if not from_replay:
             shown, found = _targets(learner, judged, simulator, deepest)
@@ -131,7 +131,8 @@ def write(report: Json, folder: Path) -> Path:
 # Judging
 
 
-def _judged(learner: Learner, played: Played, starts: np.ndarray) -> Judged:
+def judged_steps(learner: Learner, played: Played, starts: np.ndarray) -> Judged:
+    """Some of the steps played, but for those in whose return what was not played weighs too much."""
     ends, tail_value = np.flatnonzero(played.last), np.zeros(len(played.last), np.float32)
     tail_value[ends] = measure.state_values(learner.state.agent, played.rows.next_obs[ends])
     earned, tail = measure.monte_carlo_returns(played, tail_value, learner.config.targets.discount)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mve import dynamics, imagine, replay, targets
+from mve.agents import Agent
 from mve.replay import Replay
 from mve.state import Recipe, TrainState
 from mve.types import Imagined, Key, Metrics, PolicyFn, Segment, StepFn, Transition
@@ -58,8 +59,13 @@ def real_batch(state: TrainState, recipe: Recipe, size: int, key: Key) -> Transi
         return replay.sample(state.replay, (size,), key, recency=recipe.recency)
     key, bonus_key = jax.random.split(key)
     segment = replay.sample_segments(state.replay, size, n_step, key, recency=recipe.recency)
-    _, bonus = state.agent.target_policy(segment.rows.obs[1:], bonus_key)
-    return targets.n_steps_as_one(segment, bonus, recipe.targets.discount)
+    return summed(state.agent, segment, recipe.targets.discount, bonus_key)
+
+
+def summed(agent: Agent, segment: Segment, discount: float, key: Key) -> Transition:
+    """Real steps that followed one another as one, with what the policy is paid for acting on the way."""
+    _, bonus = agent.target_policy(segment.rows.obs[1:], key)
+    return targets.n_steps_as_one(segment, bonus, discount)
 
 
 def _imagined_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:

@@ -22,7 +22,6 @@ from mve import dynamics, experience, imagine, targets, train
 from mve.agents import Agent
 from mve.dynamics import Dynamics
 from mve.state import Recipe, TrainState
-from mve.targets import TargetsConfig
 from mve.types import CriticTargets, Imagined, Json, Segment, StepFn, Transition
 
 DRAWS = 5  # seed of what is drawn in imagination
@@ -130,20 +129,14 @@ def estimated_targets(state: TrainState, recipe: Recipe, rows: Transition, start
     """What the run's own estimator makes of some of the rows played, as in training; real rows come first."""
     batch: Transition = jax.tree.map(lambda x: x[starts], rows)
     if recipe.targets.n_step > 1:
-        batch = _summed(state.agent, rows, starts, recipe.targets)
+        segment = _on_from(rows, starts, jnp.arange(recipe.targets.n_step))
+        batch = experience.summed(state.agent, segment, recipe.targets.discount, jax.random.key(DRAWS + 2))
     if recipe.targets.reads_segments:
         ahead = _played_on(state.agent, rows, starts, recipe.targets.horizon_steps)
     else:
         ahead = experience.imagine_ahead(state, recipe, batch, jax.random.key(DRAWS + 1))
     ask = train.estimator_fns(state, jax.random.key(DRAWS))
     return targets.estimate(batch, ahead, ask, recipe.targets)
-
-
-def _summed(agent: Agent, rows: Transition, starts: Array, config: TargetsConfig) -> Transition:
-    """Some of the rows, each with the real steps that the run's targets sum."""
-    segment = _on_from(rows, starts, jnp.arange(config.n_step))
-    _, bonus = agent.target_policy(segment.rows.obs[1:], jax.random.key(DRAWS + 2))
-    return targets.n_steps_as_one(segment, bonus, config.discount)
 
 
 def _played_on(agent: Agent, rows: Transition, starts: Array, horizon: int) -> Segment:
