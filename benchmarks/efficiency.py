@@ -1,10 +1,12 @@
 """Sample efficiency: the flagship, its ablations and its rivals here, over tasks and seeds.
 
     python benchmarks/efficiency.py train FOLDER --tasks Hopper-v4 Walker2d-v4 --seeds 0 1 2 --steps 25000
+    python benchmarks/efficiency.py train FOLDER --seeds 0 1 2 3 4 5 6 7 --steps 100000 --together
     python benchmarks/efficiency.py report FOLDER --csv results/NAME.csv --document docs/sample-efficiency.md
 
-`train` keeps a run on every core, pinned to it, until all have had their steps. Interrupt it, move FOLDER to
-another machine, say the same again: what was interrupted goes on from its checkpoints, what is done stays.
+`train` keeps a run on every core, pinned to it, until all have had their steps; with --together, for a GPU,
+all seeds of a task are one program, and one such program runs at a time. Interrupt it, move FOLDER to another
+machine, say the same again: what was interrupted goes on from its checkpoints, what is done stays.
 `report` writes every evaluation as a CSV of suite,env,algo,seed,step,return,source, and the tables: presets
 beside what was published, and the flagship with a setting changed.
 """
@@ -82,40 +84,61 @@ VARIANTS = {
 
 
 class Job(NamedTuple):
-    """One run: a task, a variant, a seed."""
+    """A task, a variant, and the seeds of one program: one, or several side by side."""
 
     task: str
     variant: str
-    seed: int
+    seeds: tuple[int, ...]
 
     def folder(self, root: Path) -> Path:
-        return root / self.task.replace("/", "-") / self.variant / f"seed-{self.seed}"
+        """Of the run, or of the runs; a seed's folder is the same either way."""
+        runs = root / self.task.replace("/", "-") / self.variant
+        return runs / f"seed-{self.seeds[0]}" if len(self.seeds) == 1 else runs
+
+    def __str__(self) -> str:
+        named = f"seed{'s' * (len(self.seeds) > 1)} {','.join(map(str, self.seeds))}"
+        return f"{self.task} {self.variant} {named}"
 
 
 def command(job: Job, root: Path, steps: int) -> list[str] | None:
-    """What starts the run, or goes on with it; None if it has had its steps."""
-    from mve.checkpoint import steps as saved_steps
+    """What starts the program, or goes on with it; None if its runs have had their steps."""
+    from mve.folders import seeds_of
 
     folder = job.folder(root)
     mve = [sys.executable, "-m", "mve"]
-    if (folder / "config.json").exists():
-        done = max(saved_steps(folder / "checkpoints"), default=0)
+    if begun := [folder] if (folder / "config.json").exists() else seeds_of(folder):
+        done = min(_steps_of(run) for run in begun)
         return (
             [*mve, "resume", str(folder), "--steps", str(steps - done), "--quiet"] if done < steps else None
         )
     variant = VARIANTS[job.variant]
-    run = ["train", job.task, "--algo", variant.algo, "--seed", str(job.seed), "--steps", str(steps)]
+    seeds = ["--seed" if len(job.seeds) == 1 else "--seeds", ",".join(map(str, job.seeds))]
+    run = ["train", job.task, "--algo", variant.algo, *seeds, "--steps", str(steps)]
     return [*mve, *run, "--run-dir", str(folder), "--quiet", "--set", *EVALUATIONS, *variant.settings]
 
 
-def train(root: Path, jobs: Sequence[Job], steps: int) -> int:
-    """Every job in its turn, one for each core; how many failed."""
+def other_seeds(job: Job, root: Path) -> list[str]:
+    """The runs that one program would go on with, where they are not those of the job."""
+    from mve.folders import seeds_of
+
+    found = [run.name for run in seeds_of(job.folder(root))]
+    return found if set(found) != {f"seed-{seed}" for seed in job.seeds} else []
+
+
+def _steps_of(run: Path) -> int:
+    from mve.checkpoint import steps as saved_steps
+
+    return max(saved_steps(run / "checkpoints"), default=0)
+
+
+def train(root: Path, jobs: Sequence[Job], steps: int, *, together: bool = False) -> int:
+    """Every job in its turn, one for each core, or `together` one that has all cores; how many failed."""
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
     failed: list[Job] = []
 
-    def work(core: int) -> None:
+    def work(core: int | None) -> None:
         while True:
             try:
                 job = waiting.get_nowait()
@@ -124,16 +147,16 @@ def train(root: Path, jobs: Sequence[Job], steps: int) -> int:
             if (asked := command(job, root, steps)) is None:
                 continue
             folder = job.folder(root)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            asked = asked if core is None else pinned(asked, core)
             with (folder.parent / f"{folder.name}.log").open("a") as log:
-                code = subprocess.run(pinned(asked, core), stdout=log, stderr=log, check=False).returncode
-            print(
-                f"{job.task} {job.variant} seed {job.seed}: {f'exit {code}' if code else 'done'}", flush=True
-            )
+                code = subprocess.run(asked, stdout=log, stderr=log, check=False).returncode
+            print(f"{job}: {f'exit {code}' if code else 'done'}", flush=True)
             if code:
                 failed.append(job)
 
-    threads = [threading.Thread(target=work, args=(core,)) for core in machine.available_cores()]
+    cores = [None] if together else machine.available_cores()
+    threads = [threading.Thread(target=work, args=(core,)) for core in cores]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -200,7 +223,8 @@ TIMES = ("task", "algorithm", "runs", "steps", "minutes a run", "ms a step", "de
 
 
 def times(folders: Sequence[Path]) -> list[tuple[str, ...]]:
-    """Wall-clock by task and variant: the median of the runs, each on its own core where they are pinned."""
+    """Wall-clock by task and variant: the median of the runs, each on its own core where they are pinned, and
+    that of all of them where they were one program."""
     from mve.folders import seeds_of
     from mve.log import read_json, read_metrics
 
@@ -236,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     training.add_argument("--variants", nargs="+", choices=VARIANTS, default=["flagship"])
     training.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     training.add_argument("--steps", type=int, default=25_000)
+    training.add_argument("--together", action="store_true", help="all seeds of a task in one program")
     reporting = commands.add_parser("report", help="write CSV and tables")
     reporting.add_argument("folder", type=Path)
     reporting.add_argument("--at", nargs="+", type=int, help="steps of the table (the last that all reached)")
@@ -249,13 +274,21 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "report":
         return report(options.folder, options)
     # Seed by seed, so that what is interrupted has some seeds of everything.
+    groups = [tuple(options.seeds)] if options.together else [(seed,) for seed in options.seeds]
     jobs = [
-        Job(task, variant, seed)
-        for seed in options.seeds
+        Job(task, variant, seeds)
+        for seeds in groups
         for task in options.tasks
         for variant in options.variants
     ]
-    return int(train(options.folder, jobs, options.steps) > 0)
+    for job in jobs:
+        if others := other_seeds(job, options.folder):
+            named = " ".join(others)
+            print(
+                f"efficiency: {job}: {job.folder(options.folder)} has {named}; ask for those", file=sys.stderr
+            )
+            return 2
+    return int(train(options.folder, jobs, options.steps, together=options.together) > 0)
 
 
 if __name__ == "__main__":

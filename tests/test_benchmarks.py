@@ -304,7 +304,7 @@ def test_an_evidence_run_is_started_gone_on_with_or_left_alone(
 ) -> None:
     efficiency = bench["efficiency"]
     monkeypatch.setitem(efficiency.VARIANTS, "tiny", efficiency.Variant("sac", ("agent.hidden=[8]",)))
-    job = efficiency.Job("Pendulum-v1", "tiny", 3)
+    job = efficiency.Job("Pendulum-v1", "tiny", (3,))
     folder = tmp_path / "Pendulum-v1" / "tiny" / "seed-3"
     asked = efficiency.command(job, tmp_path, 600)
     assert asked[2:] == [
@@ -316,6 +316,38 @@ def test_an_evidence_run_is_started_gone_on_with_or_left_alone(
     (folder / "config.json").write_text("{}")
     assert efficiency.command(job, tmp_path, 600)[3:] == ["resume", str(folder), "--steps", "200", "--quiet"]
     assert efficiency.command(job, tmp_path, 400) is None
+
+
+def test_seeds_of_one_program_leave_the_folders_of_runs_of_their_own(
+    bench: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    efficiency = bench["efficiency"]
+    monkeypatch.setitem(efficiency.VARIANTS, "tiny", efficiency.Variant("sac", ("agent.hidden=[8]",)))
+    job = efficiency.Job("Pendulum-v1", "tiny", (3, 5))
+    folder = tmp_path / "Pendulum-v1" / "tiny"
+    assert str(job) == "Pendulum-v1 tiny seeds 3,5"
+    asked = efficiency.command(job, tmp_path, 600)
+    assert asked[5:11] == ["--algo", "sac", "--seeds", "3,5", "--steps", "600"]
+    assert asked[11:13] == ["--run-dir", str(folder)]
+    for seed, step in ((3, 500), (5, 400)):  # killed in the middle of a save
+        run = efficiency.Job("Pendulum-v1", "tiny", (seed,)).folder(tmp_path)
+        (run / "checkpoints" / f"step_{step:012d}").mkdir(parents=True)
+        (run / "checkpoints" / f"step_{step:012d}" / "state.json").write_text("{}")
+        (run / "config.json").write_text("{}")
+    assert efficiency.command(job, tmp_path, 600)[3:] == ["resume", str(folder), "--steps", "200", "--quiet"]
+    assert efficiency.command(job, tmp_path, 400) is None
+    assert not efficiency.other_seeds(job, tmp_path)
+
+
+def test_seeds_of_one_program_are_those_that_it_began_with(
+    bench: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "Hopper-v4" / "flagship" / "seed-3"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    asked = ["train", str(tmp_path), "--tasks", "Hopper-v4", "--together", "--seeds"]
+    assert bench["efficiency"].main([*asked, "3", "5"]) == 2
+    assert "has seed-3; ask for those" in capsys.readouterr().err
 
 
 def test_evidence_is_told_beside_what_was_published(
