@@ -401,6 +401,23 @@ def test_what_is_imagined_goes_on_where_several_real_steps_have_led_to() -> None
         )
 
 
+def test_every_row_draws_how_many_real_steps_it_sums() -> None:
+    """From 1 to 4, all alike often, by where rows lead that have 4 steps ahead of them in their episode."""
+    ours = mixed(0.4)
+    ours = replace(ours, targets=replace(ours.targets, n_step=4, n_step_drawn=True))
+    state = remembering(ours)
+    rows = jax.tree.map(np.asarray, state.replay.rows)
+    batch = jax.tree.map(np.asarray, experience.real_batch(state, ours, 2000, jax.random.key(8)))
+    where = {row.tobytes(): i for i, row in enumerate(rows.obs[:20])}
+    counts = np.zeros(5, int)
+    for begin, led_to in zip((where[row.tobytes()] for row in batch.obs), batch.next_obs, strict=True):
+        if begin + 4 <= 20 and rows.continuation[begin : begin + 4].all():
+            counts[1 + int(np.flatnonzero((rows.next_obs[begin : begin + 4] == led_to).all(-1))[0])] += 1
+    assert counts[0] == 0
+    assert counts.sum() > 200
+    np.testing.assert_allclose(counts[1:] / counts.sum(), 0.25, atol=0.07)
+
+
 def test_real_steps_are_expanded_by_the_whole_of_the_rollouts_that_start_where_they_led_to() -> None:
     """Three of eight rows, by hand: y = r + g c (b_0 + r_0 + g c_0 (b_1 + r_1 + ... V)), that of s' in it."""
     ours = mixed(0.4)

@@ -166,6 +166,9 @@ def test_several_real_steps_ask_for_real_rows_and_for_nobody_else_who_sums_them(
         check("dhmbpo")
     with pytest.raises(UserError, match="what single steps earn"):
         check("sac", "agent.value_bounds_rate=3e-4")
+    check("td3", "targets.n_step_drawn=true")
+    with pytest.raises(UserError, match="which is 1"):
+        check("td3", "targets.n_step=1", "targets.n_step_drawn=true")
 
 
 def test_only_the_newest_rounds_are_sampled() -> None:

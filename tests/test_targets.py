@@ -335,6 +335,15 @@ def test_several_real_steps_are_one_whose_target_is_their_sum_and_what_follows()
     np.testing.assert_allclose(got.value, [13.375, 11.0, 6.0, 9.5])
 
 
+def test_real_steps_beyond_a_rows_own_number_do_not_count() -> None:
+    """The same rows of one, two, three and three steps: 1 + 17 / 2; 1 + (8 + 2) / 2 + 18 / 4; as before."""
+    segment, bonus = three_real_steps()
+    one = targets.n_steps_as_one(targets.cut(segment, jnp.array([1, 2, 3, 3])), bonus, GAMMA)
+    rollout = imagined([[0.0] * 4])
+    rollout = rollout._replace(obs=one.next_obs[None].repeat(2, 0))
+    np.testing.assert_allclose(estimate("one_step", one, rollout).value, [9.5, 10.5, 6.0, 9.5])
+
+
 def test_one_real_step_is_itself() -> None:
     segment, bonus = three_real_steps()
     alone = Segment(*jax.tree.map(lambda x: x[:1], segment))

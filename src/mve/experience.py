@@ -54,11 +54,14 @@ def sample_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
 
 
 def real_batch(state: TrainState, recipe: Recipe, size: int, key: Key) -> Transition:
-    """Real transitions, each with so many of the steps that followed it as the targets are to sum."""
+    """Real transitions, each with so many of the steps that followed it as its target is to sum."""
     if (n_step := recipe.targets.n_step) == 1:
         return replay.sample(state.replay, (size,), key, recency=recipe.recency)
     key, bonus_key = jax.random.split(key)
     segment = replay.sample_segments(state.replay, size, n_step, key, recency=recipe.recency)
+    if recipe.targets.n_step_drawn:
+        lengths = jax.random.randint(jax.random.fold_in(bonus_key, 1), (size,), 1, n_step + 1)
+        segment = targets.cut(segment, lengths)
     return summed(state.agent, segment, recipe.targets.discount, bonus_key)
 
 

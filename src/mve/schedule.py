@@ -102,6 +102,11 @@ def _check_estimator(config: Config) -> None:
         )
     if targets.n_step > 1:
         _check_n_step(config)
+    elif targets.n_step_drawn:
+        raise UserError(
+            "targets.n_step_drawn draws from 1 to targets.n_step, which is 1; set targets.n_step (8, say) "
+            "or targets.n_step_drawn=false"
+        )
     if targets.calibrates and targets.horizon_steps > block_steps:
         raise UserError(
             f"targets.estimator = calibrated measures the model within a block: targets.horizon_steps = "

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mve.types import Count, CriticTargets, Discount, Positive, Segment, Transition, Unit
 
@@ -43,6 +43,10 @@ class TargetsConfig:
     """Real steps that are summed before a target expands what they led to, fewer where the episode ends. The
     actions after the first are taken as they were, whatever the policy would do now (uncorrected, as in
     Rainbow, Hessel et al. 2018, arXiv 1710.02298, who have 3): recent data suit more of them."""
+    n_step_drawn: bool = False
+    """Whether each target sums a number of real steps of its own, drawn uniformly from 1 to n_step, so that
+    far returns and near ones mix: what the critic learns is on average the mean of those n targets (as
+    TD(lambda) mixes them geometrically, Sutton and Barto 2018, section 12.1). False: n_step for all."""
     divide_by_horizon: bool = True
     """Divide the loss of mve_tdk by H, as the paper prints it; its H+1 terms then sum to (H+1)/H."""
 
@@ -136,6 +140,12 @@ def n_steps_as_one(segment: Segment, bonus: Float[Array, " later B"], discount: 
         next_obs=final.next_obs,
         continuation=discount ** last.astype(jnp.float32) * final.continuation,
     )
+
+
+def cut(segment: Segment, lengths: Int[Array, " B"]) -> Segment:
+    """The same segments, none longer than its length, 1 at least: later rows are no longer valid."""
+    within = jnp.arange(len(segment.valid))[:, None] < lengths[None]
+    return segment._replace(valid=segment.valid & within)
 
 
 def real_row(
