@@ -8,12 +8,14 @@
 all seeds of a task are one program, and one such program runs at a time. Interrupt it, move FOLDER to another
 machine, say the same again: what was interrupted goes on from its checkpoints, what is done stays.
 `report` writes every evaluation as a CSV of suite,env,algo,seed,step,return,source, and the tables: presets
-beside what was published, and the flagship with a setting changed.
+beside what was published, and the flagship with a setting changed. The files are added to: what FOLDER has of
+a task and a variant takes the place of all that they had of it, and the rest stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import queue
 import subprocess
@@ -27,6 +29,7 @@ import numpy as np
 
 import machine
 import pages
+from mve.types import UserError
 
 if TYPE_CHECKING:
     from mve.compare import Curve
@@ -176,14 +179,20 @@ def pinned(asked: list[str], core: int) -> list[str]:
 
 
 def report(root: Path, options: argparse.Namespace) -> int:
-    """The runs' evaluations as CSV, and their tables beside what was published."""
+    """The runs' evaluations as CSV, and their tables beside what was published and what the files had."""
     from mve import compare
 
     folders = [folder for folder in sorted(root.glob("*/*")) if folder.name in VARIANTS]
-    curves = compare.read_named([f"{folder.name}={folder}" for folder in folders])
-    if not curves:
-        print(f"efficiency: {root} holds no runs; `train` makes them", file=sys.stderr)
-        return 2
+    fresh = compare.read_named([f"{folder.name}={folder}" for folder in folders])
+    if not fresh:
+        raise UserError(f"{root} holds no runs; `train` makes them")
+    files = [path for path in (options.csv, options.ablations_csv) if path and path.exists()]
+    curves = [*fresh, *others(compare.read(files), fresh)]
+    if unknown := {curve.algo for curve in curves} - set(VARIANTS):
+        named = ", ".join(sorted(unknown))
+        raise UserError(
+            f"{' or '.join(map(str, files))} has {named}, which VARIANTS has not; rename or remove"
+        )
     tasks = {curve.env for curve in curves}
     published = [c for c in compare.read([options.published]) if c.env in tasks and c.algo in options.against]
     order = list(VARIANTS)
@@ -194,14 +203,37 @@ def report(root: Path, options: argparse.Namespace) -> int:
     parts = [markdown(compare.HEADER, compare.table([*presets, *published], at))]
     if changed:
         parts.append(markdown(*ablations(curves, options.ablations_at or max(at))))
-    text = "\n\n".join([*parts, markdown(TIMES, times(folders))])
+    spent = with_others(options.times_csv, times(folders))
+    text = "\n\n".join([*parts, markdown(TIMES, spent)])
     print(text)
     for those, path in ((presets, options.csv), (changed, options.ablations_csv)):
         if path:
             compare.write_csv(those, path)
+    if options.times_csv:
+        with options.times_csv.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([TIMES, *spent])
     if options.document:
         options.document.write_text(pages.put_figures(options.document.read_text(), text))
     return 0
+
+
+def others(known: Sequence[Curve], fresh: Sequence[Curve]) -> list[Curve]:
+    """What is known of tasks and variants of which there is nothing fresh: seeds of one name and two versions
+    of the code are not mixed."""
+    renewed = {(curve.env, curve.algo) for curve in fresh}
+    return [curve for curve in known if (curve.env, curve.algo) not in renewed]
+
+
+def with_others(path: Path | None, fresh: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows of TIMES, with those of the file whose task and variant are not among them."""
+    rows = [*fresh]
+    if path and path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            header, *known = map(tuple, csv.reader(file))
+        if header != TIMES:
+            raise UserError(f"{path} has other columns than {','.join(TIMES)}")
+        rows += [row for row in known if row[:2] not in {row[:2] for row in fresh}]
+    return sorted(rows)
 
 
 def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -272,10 +304,18 @@ def main(argv: list[str] | None = None) -> int:
     reporting.add_argument("--against", nargs="+", default=["DHMBPO", "MBPO", "MACURA", "DR.Q", "FlashSAC"])
     reporting.add_argument("--csv", type=Path, help="where the presets' evaluations are to go")
     reporting.add_argument("--ablations-csv", type=Path, help="where the other variants' are to go")
+    reporting.add_argument("--times-csv", type=Path, help="where wall-clock and devices are to go")
     reporting.add_argument("--document", type=Path, help="a page whose tables are to be replaced")
     options = parser.parse_args(argv)
-    if options.command == "report":
-        return report(options.folder, options)
+    try:
+        return report(options.folder, options) if options.command == "report" else start(options)
+    except UserError as error:
+        print(f"efficiency: {error}", file=sys.stderr)
+        return 2
+
+
+def start(options: argparse.Namespace) -> int:
+    """The runs that are asked for."""
     # Seed by seed, so that what is interrupted has some seeds of everything.
     groups = [tuple(options.seeds)] if options.together else [(seed,) for seed in options.seeds]
     jobs = [
@@ -285,12 +325,8 @@ def main(argv: list[str] | None = None) -> int:
         for variant in options.variants
     ]
     for job in jobs:
-        if others := other_seeds(job, options.folder):
-            named = " ".join(others)
-            print(
-                f"efficiency: {job}: {job.folder(options.folder)} has {named}; ask for those", file=sys.stderr
-            )
-            return 2
+        if begun := other_seeds(job, options.folder):
+            raise UserError(f"{job}: {job.folder(options.folder)} has {' '.join(begun)}; ask for those")
     return int(train(options.folder, jobs, options.steps, together=options.together) > 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -371,7 +372,7 @@ def test_evidence_is_told_beside_what_was_published(
     page.write_text("Before\n<!-- figures: begin -->\nold\n<!-- figures: end -->\nafter\n")
     asked = ["report", str(tmp_path / "runs"), "--published", str(tmp_path / "published.csv")]
     asked += ["--against", "Rival", "--csv", str(tmp_path / "all.csv"), "--document", str(page)]
-    asked += ["--ablations-csv", str(tmp_path / "changed.csv")]
+    asked += ["--ablations-csv", str(tmp_path / "changed.csv"), "--times-csv", str(tmp_path / "times.csv")]
     assert efficiency.main(asked) == 0
     told = capsys.readouterr().out.splitlines()
     rows = [line for line in told if line.startswith("| Task-v1")]
@@ -387,7 +388,25 @@ def test_evidence_is_told_beside_what_was_published(
     assert rows[2] in page.read_text()
     assert (tmp_path / "all.csv").read_text().splitlines()[1] == "gym,Task-v1,flagship,0,100,10.00,mve:1"
     assert (tmp_path / "changed.csv").read_text().splitlines()[1:] == ["gym,Task-v1,small,0,100,5.00,mve:1"]
+    assert (tmp_path / "times.csv").read_text().splitlines()[1] == "Task-v1,flagship,2,100,2.0,1200.0,A GPU"
     assert efficiency.main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "holds no runs" in capsys.readouterr().err
+
+    # On the next machine, which has another run of the ablation alone.
+    shutil.rmtree(tmp_path / "runs" / "Task-v1" / "flagship")
+    (tmp_path / "runs" / "Task-v1" / "small" / "seed-0").rename(
+        tmp_path / "runs" / "Task-v1" / "small" / "seed-7"
+    )
+    run = tmp_path / "runs" / "Task-v1" / "small" / "seed-7"
+    (run / "config.json").write_text(json.dumps(config | {"seed": 7}))
+    assert efficiency.main(asked) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert [line for line in again if "flagship" in line] == [line for line in told if "flagship" in line]
+    assert (tmp_path / "changed.csv").read_text().splitlines()[1:] == ["gym,Task-v1,small,7,100,5.00,mve:1"]
+    with (tmp_path / "changed.csv").open("a") as file:
+        file.write("gym,Task-v1,unheard-of,0,100,5.00,mve:1\n")
+    assert efficiency.main(asked) == 2
+    assert "has unheard-of, which VARIANTS has not" in capsys.readouterr().err
 
 
 def test_a_models_fit_is_measured_on_what_a_run_remembers(
