@@ -16,6 +16,7 @@ from mve import dynamics, imagine, replay, targets
 from mve.agents import Agent
 from mve.replay import Replay
 from mve.state import Recipe, TrainState
+from mve.targets import TargetsConfig
 from mve.types import Imagined, Key, Metrics, PolicyFn, Segment, StepFn, Transition
 
 USUAL = 0.95  # quantile of the first steps' disagreement that later ones are held against (MACURA)
@@ -57,18 +58,20 @@ def real_batch(state: TrainState, recipe: Recipe, size: int, key: Key) -> Transi
     """Real transitions, each with so many of the steps that followed it as its target is to sum."""
     if (n_step := recipe.targets.n_step) == 1:
         return replay.sample(state.replay, (size,), key, recency=recipe.recency)
-    key, bonus_key = jax.random.split(key)
+    key, sum_key = jax.random.split(key)
     segment = replay.sample_segments(state.replay, size, n_step, key, recency=recipe.recency)
-    if recipe.targets.n_step_drawn:
-        lengths = jax.random.randint(jax.random.fold_in(bonus_key, 1), (size,), 1, n_step + 1)
+    return summed(state.agent, segment, recipe.targets, sum_key)
+
+
+def summed(agent: Agent, segment: Segment, config: TargetsConfig, key: Key) -> Transition:
+    """Real steps that followed one another as one, with what the policy is paid for acting on the way: all
+    of them, or as many from the first on as is drawn for each row."""
+    if config.n_step_drawn:
+        num_rows, size = segment.valid.shape
+        lengths = jax.random.randint(jax.random.fold_in(key, 1), (size,), 1, num_rows + 1)
         segment = targets.cut(segment, lengths)
-    return summed(state.agent, segment, recipe.targets.discount, bonus_key)
-
-
-def summed(agent: Agent, segment: Segment, discount: float, key: Key) -> Transition:
-    """Real steps that followed one another as one, with what the policy is paid for acting on the way."""
     _, bonus = agent.target_policy(segment.rows.obs[1:], key)
-    return targets.n_steps_as_one(segment, bonus, discount)
+    return targets.n_steps_as_one(segment, bonus, config.discount)
 
 
 def _imagined_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:

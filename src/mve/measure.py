@@ -130,7 +130,7 @@ def estimated_targets(state: TrainState, recipe: Recipe, rows: Transition, start
     batch: Transition = jax.tree.map(lambda x: x[starts], rows)
     if recipe.targets.n_step > 1:
         segment = _on_from(rows, starts, jnp.arange(recipe.targets.n_step))
-        batch = experience.summed(state.agent, segment, recipe.targets.discount, jax.random.key(DRAWS + 2))
+        batch = experience.summed(state.agent, segment, recipe.targets, jax.random.key(DRAWS + 2))
     if recipe.targets.reads_segments:
         ahead = _played_on(state.agent, rows, starts, recipe.targets.horizon_steps)
     else:
