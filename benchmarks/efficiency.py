@@ -21,9 +21,9 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,8 @@ from mve.types import UserError
 
 if TYPE_CHECKING:
     from mve.compare import Curve
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATIONS = ("evaluate.interval_steps=5000", "evaluate.episodes=10")
@@ -187,7 +189,7 @@ def report(root: Path, options: argparse.Namespace) -> int:
     if not fresh:
         raise UserError(f"{root} holds no runs; `train` makes them")
     files = [path for path in (options.csv, options.ablations_csv) if path and path.exists()]
-    curves = [*fresh, *others(compare.read(files), fresh)]
+    curves = [*fresh, *others(compare.read(files), fresh, lambda curve: (curve.env, curve.algo))]
     if unknown := {curve.algo for curve in curves} - set(VARIANTS):
         named = ", ".join(sorted(unknown))
         raise UserError(
@@ -217,23 +219,22 @@ def report(root: Path, options: argparse.Namespace) -> int:
     return 0
 
 
-def others(known: Sequence[Curve], fresh: Sequence[Curve]) -> list[Curve]:
-    """What is known of tasks and variants of which there is nothing fresh: seeds of one name and two versions
-    of the code are not mixed."""
-    renewed = {(curve.env, curve.algo) for curve in fresh}
-    return [curve for curve in known if (curve.env, curve.algo) not in renewed]
+def others(known: Sequence[T], fresh: Sequence[T], name: Callable[[T], object]) -> list[T]:
+    """What is known of tasks and variants, their name, of which there is nothing fresh: seeds of one name and
+    two versions of the code are not mixed."""
+    renewed = set(map(name, fresh))
+    return [one for one in known if name(one) not in renewed]
 
 
 def with_others(path: Path | None, fresh: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Rows of TIMES, with those of the file whose task and variant are not among them."""
-    rows = [*fresh]
+    known: Sequence[tuple[str, ...]] = ()
     if path and path.exists():
         with path.open(encoding="utf-8", newline="") as file:
             header, *known = map(tuple, csv.reader(file))
         if header != TIMES:
             raise UserError(f"{path} has other columns than {','.join(TIMES)}")
-        rows += [row for row in known if row[:2] not in {row[:2] for row in fresh}]
-    return sorted(rows)
+    return sorted([*fresh, *others(known, fresh, lambda row: row[:2])])
 
 
 def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -394,10 +394,8 @@ def test_evidence_is_told_beside_what_was_published(
 
     # On the next machine, which has another run of the ablation alone.
     shutil.rmtree(tmp_path / "runs" / "Task-v1" / "flagship")
-    (tmp_path / "runs" / "Task-v1" / "small" / "seed-0").rename(
-        tmp_path / "runs" / "Task-v1" / "small" / "seed-7"
-    )
     run = tmp_path / "runs" / "Task-v1" / "small" / "seed-7"
+    run.with_name("seed-0").rename(run)
     (run / "config.json").write_text(json.dumps(config | {"seed": 7}))
     assert efficiency.main(asked) == 0
     again = capsys.readouterr().out.splitlines()
