@@ -48,10 +48,10 @@ class Variant(NamedTuple):
 
 
 FLAGSHIP = "flagship"
-# What would be the next flagship, if it holds on all tasks: the rate, and more real steps of some kind.
-FALLING_RATE = ("agent.actor_rate_falls_after=10000",)
 # As the flagship was before, one upon the other.
+ONE_REAL_STEP = ("agent.actor_rate_falls_after=0", "targets.n_step=1", "targets.n_step_drawn=false")
 LOOSE_MODEL = (
+    *ONE_REAL_STEP,
     "dynamics.norm_inputs=true",
     "dynamics.layer_norm=false",
     "dynamics.weight_decay=0.001",
@@ -66,19 +66,22 @@ FEWER_FITS = (
 BEFORE = (*FEWER_FITS, "dynamics.stay_in_data=false", "agent.average_share=0")
 VARIANTS = {
     FLAGSHIP: Variant("mve-svg"),
-    "falling-rate": Variant("mve-svg", FALLING_RATE),
-    "three-real-steps": Variant("mve-svg", (*FALLING_RATE, "targets.n_step=3")),
-    "eight-real-steps": Variant("mve-svg", (*FALLING_RATE, "targets.n_step=8")),
-    "up-to-eight-real-steps": Variant(
-        "mve-svg", (*FALLING_RATE, "targets.n_step=8", "targets.n_step_drawn=true")
-    ),
+    "steady-rate": Variant("mve-svg", ("agent.actor_rate_falls_after=0",)),
+    "falling-rate": Variant("mve-svg", ("targets.n_step=1", "targets.n_step_drawn=false")),
+    "three-real-steps": Variant("mve-svg", ("targets.n_step=3", "targets.n_step_drawn=false")),
+    "eight-real-steps": Variant("mve-svg", ("targets.n_step_drawn=false",)),
+    "one-real-step": Variant("mve-svg", ONE_REAL_STEP),
     "loose-model": Variant("mve-svg", LOOSE_MODEL),
     "fewer-fits": Variant("mve-svg", FEWER_FITS),
     "model-unbounded": Variant("mve-svg", BEFORE),
     "gamma-0.99": Variant("mve-svg", (*BEFORE, "targets.discount=0.99")),
-    "no-real-rows": Variant("mve-svg", ("imagination.real_share=0",)),
+    # Without real rows there are no real steps to sum.
+    "no-real-rows": Variant(
+        "mve-svg", ("imagination.real_share=0", "targets.n_step=1", "targets.n_step_drawn=false")
+    ),
     "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),
     "uniform-replay": Variant("mve-svg", ("replay.recency=1",)),
+    "five-members": Variant("mve-svg", ("dynamics.members=5",)),
     "five-steps": Variant("mve-svg", ("agent.model_steps=5", "targets.horizon_steps=4")),
     "short-branches": Variant("mve-svg", ("imagination.length=[5,5]",)),
     "preserved-values": Variant("mve-svg", ("agent.preserve_values=true",)),
