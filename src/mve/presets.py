@@ -337,10 +337,10 @@ PRESETS: dict[str, Preset] = {
     # its critic knew a way to its feet that there was not. The model takes four times as many minibatches,
     # of half the size, at twice the rate, and is held back: decay 500 times DHMBPO's, LayerNorm with scale
     # and shift, all rows for every member. It errs less on the steps to come, and believes in noise that is
-    # nearer to its errors. A real row sums up to eight real steps before it imagines, their number drawn row by
-    # row: falls come back to what led to them in few updates, where the model, which seldom falls, hid them
-    # from the critic. What is evaluated is an average over the last twentieth of the updates, and the actor's
-    # rate falls: from one to the next, a gait as sharp as these trips or does not.
+    # nearer to its errors. A real row sums up to eight real steps before it imagines, how many being drawn:
+    # falls come back to what led to them in few updates, where the model, which seldom falls, hid them from
+    # the critic. What is evaluated is an average over the last twentieth of the updates, and the actor's rate
+    # falls: from one to the next, a gait as sharp as these trips or does not.
     "mve-svg": Preset(
         "MVE for the critic, value gradients for the actor, of the same three imagined steps: the default",
         "ours, after Feinberg et al. 2018, arXiv 1803.00101; Kubo et al. 2025, TMLR",
