@@ -250,12 +250,21 @@ def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list
         for task, name, _, _, middle, _, _, seeds in compare.table(curves, [step])
     }
     run = {curve.algo for curve in curves}
-    rows = [
-        (" ".join(variant.settings) or "nothing", *(cells.get((task, name), "") for task in tasks))
-        for name, variant in VARIANTS.items()
-        if name == FLAGSHIP or (variant.settings and name in run)
-    ]
+    rows: list[tuple[str, ...]] = []
+    above: tuple[str, ...] = ()
+    for name, variant in VARIANTS.items():
+        if name == FLAGSHIP or (variant.settings and name in run):
+            rows.append((changes(variant.settings, above), *(cells.get((task, name), "") for task in tasks)))
+            above = variant.settings
     return (f"changed; IQM [95 %]: every seed, at {step}", *tasks), rows
+
+
+def changes(settings: tuple[str, ...], above: tuple[str, ...]) -> str:
+    """The settings in words, those of the row above in short where they are among them."""
+    if not settings:
+        return "nothing"
+    goes_on = bool(above) and settings[: len(above)] == above
+    return " ".join(("that above, and", *settings[len(above) :]) if goes_on else settings)
 
 
 TIMES = ("task", "algorithm", "runs", "steps", "minutes a run", "ms a step", "device")

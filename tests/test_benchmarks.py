@@ -356,8 +356,15 @@ def test_evidence_is_told_beside_what_was_published(
 ) -> None:
     efficiency = bench["efficiency"]
     changed = efficiency.Variant("sac", ("agent.hidden=[8]",))
-    monkeypatch.setattr(efficiency, "VARIANTS", {"flagship": efficiency.Variant("sac"), "small": changed})
-    for name, seed, value in (("flagship", 0, 10.0), ("flagship", 1, 30.0), ("small", 0, 5.0)):
+    further = efficiency.Variant("sac", (*changed.settings, "agent.batch_size=8"))
+    variants = {"flagship": efficiency.Variant("sac"), "small": changed, "few": further}
+    monkeypatch.setattr(efficiency, "VARIANTS", variants)
+    for name, seed, value in (
+        ("flagship", 0, 10.0),
+        ("flagship", 1, 30.0),
+        ("small", 0, 5.0),
+        ("few", 0, 4.0),
+    ):
         run = tmp_path / "runs" / "Task-v1" / name / f"seed-{seed}"
         run.mkdir(parents=True)
         targets = {"estimator": "one_step", "horizon_steps": 0}
@@ -378,17 +385,20 @@ def test_evidence_is_told_beside_what_was_published(
     rows = [line for line in told if line.startswith("| Task-v1")]
     assert rows[0].startswith("| Task-v1 | flagship | 100 | 2 | 20 [10, 30] | 20 | 20 | 10 30 |")
     assert rows[1].startswith("| Task-v1 | Rival | 100 | 1 | 15 ")
-    assert rows[2] == "| Task-v1 | flagship | 2 | 100 | 2.0 | 1200.0 | A GPU |"
+    assert rows[3] == "| Task-v1 | flagship | 2 | 100 | 2.0 | 1200.0 | A GPU |"
     changes = told.index("| changed; IQM [95 %]: every seed, at 100 | Task-v1 |")
-    assert told[changes + 2 : changes + 4] == [
+    assert told[changes + 2 : changes + 5] == [
         "| nothing | 20 [10, 30]: 10, 30 |",
         "| agent.hidden=[8] | 5: 5 |",
+        "| that above, and agent.batch_size=8 | 4: 4 |",
     ]
     assert "old" not in page.read_text()
-    assert rows[2] in page.read_text()
+    assert rows[3] in page.read_text()
     assert (tmp_path / "all.csv").read_text().splitlines()[1] == "gym,Task-v1,flagship,0,100,10.00,mve:1"
-    assert (tmp_path / "changed.csv").read_text().splitlines()[1:] == ["gym,Task-v1,small,0,100,5.00,mve:1"]
-    assert (tmp_path / "times.csv").read_text().splitlines()[1] == "Task-v1,flagship,2,100,2.0,1200.0,A GPU"
+    kept = "gym,Task-v1,few,0,100,4.00,mve:1"
+    both = sorted((tmp_path / "changed.csv").read_text().splitlines()[1:])
+    assert both == [kept, "gym,Task-v1,small,0,100,5.00,mve:1"]
+    assert (tmp_path / "times.csv").read_text().splitlines()[2] == "Task-v1,flagship,2,100,2.0,1200.0,A GPU"
     assert efficiency.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "holds no runs" in capsys.readouterr().err
 
@@ -400,7 +410,8 @@ def test_evidence_is_told_beside_what_was_published(
     assert efficiency.main(asked) == 0
     again = capsys.readouterr().out.splitlines()
     assert [line for line in again if "flagship" in line] == [line for line in told if "flagship" in line]
-    assert (tmp_path / "changed.csv").read_text().splitlines()[1:] == ["gym,Task-v1,small,7,100,5.00,mve:1"]
+    both = sorted((tmp_path / "changed.csv").read_text().splitlines()[1:])
+    assert both == [kept, "gym,Task-v1,small,7,100,5.00,mve:1"]
     with (tmp_path / "changed.csv").open("a") as file:
         file.write("gym,Task-v1,unheard-of,0,100,5.00,mve:1\n")
     assert efficiency.main(asked) == 2
