@@ -98,6 +98,22 @@ def test_off_a_terminal_there_is_one_line_per_evaluation_on_stderr(
     assert " steps/s  " in second
 
 
+def test_time_left_is_not_told_from_the_pace_of_steps_before_learning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    shown = Display(100, learning_starts=10)
+    for seconds, step in ((1, 5), (2, 10), (52, 20), (92, 30)):
+        now[0] = float(seconds)
+        shown.progress(step, {})
+        shown.evaluation(step, [1.0])
+    _, warm_up, begun, learning = capsys.readouterr().err.splitlines()
+    assert warm_up.endswith("5 steps/s")
+    assert begun.endswith("0.2 steps/s  6 min 40 s left")  # a window has two steps at least: 10 and 20
+    assert learning.endswith("0.25 steps/s  4 min 40 s left")
+
+
 def test_quiet_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, quiet=True)
     assert capsys.readouterr() == ("", "")

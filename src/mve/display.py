@@ -19,10 +19,15 @@ RATE_WINDOW_S = 30.0  # steps/s is that of the last half minute: random warm-up 
 
 
 class Display:
-    """On a terminal one live line; elsewhere one line per evaluation; nothing if `quiet`."""
+    """On a terminal one live line; elsewhere one line per evaluation; nothing if `quiet`.
 
-    def __init__(self, total_steps: int, *, quiet: bool = False):
+    How much time is left is not said before steps at the pace of learning, which begins at `learning_starts`,
+    have been seen: those before it are many times as fast.
+    """
+
+    def __init__(self, total_steps: int, *, learning_starts: int = 0, quiet: bool = False):
         self._total_steps = total_steps
+        self._learning_starts = learning_starts
         self._fields: dict[str, SupportsFloat | str] = {}
         self._marks: deque[tuple[float, int]] = deque()
         console = Console(stderr=True)
@@ -77,8 +82,8 @@ class Display:
         if len(self._marks) > 1:
             (then, first), (now, last) = self._marks[0], self._marks[-1]
             rate = (last - first) / max(now - then, 1e-9)
-            speed.append(f"{rate:.0f} steps/s")
-            if rate > 0:
+            speed.append(f"{rate:.0f} steps/s" if rate >= 10 else f"{rate:.2g} steps/s")
+            if rate > 0 and first >= self._learning_starts:
                 speed.append(f"{_duration((self._total_steps - step) / rate)} left")
         named = {name: f"{name} {_short(value)}" for name, value in self._fields.items()}
         first_of_all = [named.pop(name) for name in ("evaluation", "return") if name in named]

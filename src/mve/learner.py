@@ -266,8 +266,9 @@ def go_on(learners: Sequence[Learner], folder: Path) -> None:
     MuJoCo's warnings and the picture of all curves go to `folder`. Raises what a signal means, once
     everything is saved, and the errors that `Learner.learn` names.
     """
-    total, interrupt = learners[0].config.train.total_steps, Interrupt()
-    display = Display(total, quiet=learners[0].quiet)
+    train, interrupt = learners[0].config.train, Interrupt()
+    total = train.total_steps
+    display = Display(total, learning_starts=int(train.learning_starts), quiet=learners[0].quiet)
     loop = Loop([each.run for each in learners], [each.progress for each in learners])
     for learner in learners:
         learner._broken_off = True
