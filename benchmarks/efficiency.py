@@ -48,8 +48,9 @@ class Variant(NamedTuple):
 
 
 FLAGSHIP = "flagship"
+NO_SUMS = ("targets.n_step=1", "targets.n_step_drawn=false")
 # As the flagship was before, one upon the other.
-ONE_REAL_STEP = ("agent.actor_rate_falls_after=0", "targets.n_step=1", "targets.n_step_drawn=false")
+ONE_REAL_STEP = ("agent.actor_rate_falls_after=0", *NO_SUMS)
 LOOSE_MODEL = (
     *ONE_REAL_STEP,
     "dynamics.norm_inputs=true",
@@ -67,7 +68,7 @@ BEFORE = (*FEWER_FITS, "dynamics.stay_in_data=false", "agent.average_share=0")
 VARIANTS = {
     FLAGSHIP: Variant("mve-svg"),
     "steady-rate": Variant("mve-svg", ("agent.actor_rate_falls_after=0",)),
-    "falling-rate": Variant("mve-svg", ("targets.n_step=1", "targets.n_step_drawn=false")),
+    "falling-rate": Variant("mve-svg", NO_SUMS),
     "three-real-steps": Variant("mve-svg", ("targets.n_step=3", "targets.n_step_drawn=false")),
     "eight-real-steps": Variant("mve-svg", ("targets.n_step_drawn=false",)),
     "one-real-step": Variant("mve-svg", ONE_REAL_STEP),
@@ -75,10 +76,7 @@ VARIANTS = {
     "fewer-fits": Variant("mve-svg", FEWER_FITS),
     "model-unbounded": Variant("mve-svg", BEFORE),
     "gamma-0.99": Variant("mve-svg", (*BEFORE, "targets.discount=0.99")),
-    # Without real rows there are no real steps to sum.
-    "no-real-rows": Variant(
-        "mve-svg", ("imagination.real_share=0", "targets.n_step=1", "targets.n_step_drawn=false")
-    ),
+    "no-real-rows": Variant("mve-svg", ("imagination.real_share=0", *NO_SUMS)),
     "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),
     "uniform-replay": Variant("mve-svg", ("replay.recency=1",)),
     "five-members": Variant("mve-svg", ("dynamics.members=5",)),

@@ -396,7 +396,7 @@ def test_evidence_is_told_beside_what_was_published(
     assert rows[3] in page.read_text()
     assert (tmp_path / "all.csv").read_text().splitlines()[1] == "gym,Task-v1,flagship,0,100,10.00,mve:1"
     kept = "gym,Task-v1,few,0,100,4.00,mve:1"
-    both = sorted((tmp_path / "changed.csv").read_text().splitlines()[1:])
+    both = (tmp_path / "changed.csv").read_text().splitlines()[1:]
     assert both == [kept, "gym,Task-v1,small,0,100,5.00,mve:1"]
     assert (tmp_path / "times.csv").read_text().splitlines()[2] == "Task-v1,flagship,2,100,2.0,1200.0,A GPU"
     assert efficiency.main(["report", str(tmp_path / "nowhere")]) == 2
@@ -410,7 +410,7 @@ def test_evidence_is_told_beside_what_was_published(
     assert efficiency.main(asked) == 0
     again = capsys.readouterr().out.splitlines()
     assert [line for line in again if "flagship" in line] == [line for line in told if "flagship" in line]
-    both = sorted((tmp_path / "changed.csv").read_text().splitlines()[1:])
+    both = (tmp_path / "changed.csv").read_text().splitlines()[1:]
     assert both == [kept, "gym,Task-v1,small,7,100,5.00,mve:1"]
     with (tmp_path / "changed.csv").open("a") as file:
         file.write("gym,Task-v1,unheard-of,0,100,5.00,mve:1\n")
