@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
-from mve.envs import control_suite, native
+from mve.envs import control_suite, native_names
 from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
 from mve.envs.known import known_functions, name_of
 from mve.envs.portable import described
@@ -35,8 +35,8 @@ EPISODE_STREAM = 1  # first word of the seeds of training episodes; evaluation a
 
 def make(config: EnvConfig) -> gym.Env:
     """A fresh environment of that id; a typing mistake gets the nearest names."""
-    if native.is_native(config.id):
-        return native.make(config.id, config.kwargs or {})
+    if native_names.is_native(config.id):
+        return native_names.make(config.id, config.kwargs or {})
     is_suite = config.id.startswith(control_suite.PREFIX)
     task = control_suite.spec(config.id) if is_suite else config.id
     try:

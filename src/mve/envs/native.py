@@ -1,14 +1,14 @@
 """Environments written in JAX, as pure functions: real steps can then be taken where learning happens.
 
-Names are PREFIX/TASK. `jax/` are our own (`pendulum.py`), `gymnax/` and `playground/` come with the optional
-extras of those names, and yours is a subclass of `NativeTask`. `device.py` collects from all of them alike.
+Yours is a subclass of `NativeTask`, as are those that have names (`native_names.py`). `device.py` collects
+from all of them alike.
 """
 
 from __future__ import annotations
 
 import abc
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, final
 
 import gymnasium as gym
@@ -83,69 +83,23 @@ class AsGymnasium(gym.Env[np.ndarray, Any]):
         return np.asarray(obs), float(reward), bool(terminated), bool(truncated), {}
 
 
-def as_gymnasium(env: gym.Env | NativeTask) -> gym.Env:
-    """A native task as an environment with its name and its time limit; anything else as it is."""
+def as_gymnasium(env: gym.Env | NativeTask, max_episode_steps: int | None = None) -> gym.Env:
+    """A native task as an environment of its name, with this time limit or its own; others as they are."""
     if not isinstance(env, NativeTask):
         return env
-    return gym.make(_spec(env), disable_env_checker=True)
-
-
-def _spec(task: NativeTask) -> EnvSpec:
-    return EnvSpec(
-        id=task.name,
+    spec = EnvSpec(
+        id=env.name,
         entry_point=f"{AsGymnasium.__module__}:{AsGymnasium.__name__}",
-        max_episode_steps=task.max_episode_steps,
-        kwargs={"task": task},
+        max_episode_steps=env.max_episode_steps,
+        kwargs={"task": env},
     )
+    return gym.make(spec, max_episode_steps=max_episode_steps, disable_env_checker=True)
 
 
 def task_of(env: gym.Env[Any, Any]) -> NativeTask | None:
     """The native task that `env` shows as it is; None for any other environment."""
     inner = below_harmless_wrappers(env)
     return inner.task if isinstance(inner, AsGymnasium) else None
-
-
-def _our_own(name: str, kwargs: dict[str, Any]) -> NativeTask:
-    from mve.envs.pendulum import Pendulum
-
-    ours = {"jax/Pendulum-v1": Pendulum}
-    check_name(name, list(ours))
-    return ours[name](**kwargs)
-
-
-def _gymnax(name: str, kwargs: dict[str, Any]) -> NativeTask:
-    from mve.envs import gymnax_tasks
-
-    return gymnax_tasks.make(name, kwargs)
-
-
-def _playground(name: str, kwargs: dict[str, Any]) -> NativeTask:
-    from mve.envs import playground_tasks
-
-    return playground_tasks.make(name, kwargs)
-
-
-PREFIXES: dict[str, Callable[[str, dict[str, Any]], NativeTask]] = {
-    "jax/": _our_own,
-    "gymnax/": _gymnax,
-    "playground/": _playground,
-}
-
-
-def is_native(name: str) -> bool:
-    """Whether that is the name of a native task."""
-    return name.startswith(tuple(PREFIXES))
-
-
-def make(name: str, kwargs: dict[str, Any]) -> gym.Env:
-    """The environment of that name; `max_episode_steps` is taken out of `kwargs`, the rest is the task's.
-
-    UserError for a name that there is not, and where the extra is missing or does not work.
-    """
-    settings = dict(kwargs)
-    limit = settings.pop("max_episode_steps", None)
-    task = PREFIXES[f"{name.partition('/')[0]}/"](name, settings)
-    return gym.make(_spec(task), max_episode_steps=limit, disable_env_checker=True)
 
 
 def check_name(name: str, names: Sequence[str]) -> None:
