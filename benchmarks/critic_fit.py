@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficiency import markdown
-from mve import config, diagnose, episodes, experience, log, schedule, train
+from mve import config, diagnose, episodes, log, schedule, train
 from mve.agents import Agent
 from mve.learner import Learner
 from mve.state import Recipe, TrainState
@@ -73,21 +73,10 @@ def asked_recipe(learner: Learner, settings: str) -> Recipe:
     return recipe
 
 
-@partial(jax.jit, static_argnames=("recipe", "updates"))
+@partial(jax.jit, static_argnames="recipe")
 def learned(state: TrainState, recipe: Recipe, updates: int, key: Key) -> TrainState:
     """The critics, so many updates on."""
-    every = recipe.imagination.interval_updates
-
-    def update(i: jax.Array, state: TrainState) -> TrainState:
-        branch_key, update_key = jax.random.split(jax.random.fold_in(key, i))
-        if state.imagined is not None and every:
-            fill = lambda state: experience.branch(state, recipe, branch_key)[0]  # noqa: E731
-            buffer = jax.lax.cond(i % every == 0, fill, lambda state: state.imagined, state)
-            state = replace(state, imagined=buffer)
-        agent, _ = train.update_step(state, recipe, update_key, critics_only=True)
-        return replace(state, agent=agent)
-
-    return jax.lax.fori_loop(0, updates, update, state)
+    return train.updated(state, recipe, jnp.asarray(updates), jnp.int32(0), key, critics_only=True)[0]
 
 
 def row(agent: Agent, earned: Earned, name: str) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ class Display:
         if len(self._marks) > 1:
             (then, first), (now, last) = self._marks[0], self._marks[-1]
             rate = (last - first) / max(now - then, 1e-9)
-            speed.append(f"{rate:.0f} steps/s" if rate >= 10 else f"{rate:.2g} steps/s")
+            speed.append(f"{_short(rate)} steps/s")
             if rate > 0 and first >= self._learning_starts:
                 speed.append(f"{_duration((self._total_steps - step) / rate)} left")
         named = {name: f"{name} {_short(value)}" for name, value in self._fields.items()}

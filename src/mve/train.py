@@ -236,8 +236,8 @@ def improve(
     if recipe.agent.critic_updates:
         critic_key, update_key = jax.random.split(update_key)
         count = due.refits * recipe.agent.critic_updates
-        state, _ = _updated(state, recipe, count, jnp.int32(0), critic_key, critics_only=True)
-    state, update_metrics = _updated(state, recipe, due.updates, due.updated, update_key)
+        state, _ = updated(state, recipe, count, jnp.int32(0), critic_key, critics_only=True)
+    state, update_metrics = updated(state, recipe, due.updates, due.updated, update_key)
     if state.imagined is not None:
         metrics["imagination/length"] = imagine.rollout_length(
             recipe.imagination, state.num_env_steps
@@ -246,7 +246,7 @@ def improve(
     return state, metrics | update_metrics
 
 
-def _updated(
+def updated(
     state: TrainState, recipe: Recipe, times: Array, before: Array, key: Key, *, critics_only: bool = False
 ) -> tuple[TrainState, Metrics]:
     """So many updates, with rounds of rollouts among them if they come by updates; `before` came earlier."""
