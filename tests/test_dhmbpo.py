@@ -97,14 +97,27 @@ def test_every_layer_but_the_first_is_given_standardised_inputs() -> None:
 
 
 def test_bounds_are_what_the_outer_percents_of_single_steps_would_come_to() -> None:
-    """Gains 0, 1, .., 100 have quantiles 1 and 99; gamma = 1/2 doubles them; then a quarter of the way to
-    the bounds of gains that are all 4: 2 + (8 - 2) / 4 and 198 + (8 - 198) / 4."""
-    gains = jnp.arange(101.0)
+    """Gains -40, -39, .., 60 have quantiles -39 and 59; gamma = 1/2 doubles them; then a quarter of the way
+    to the bounds of gains that are all 4: -78 + (8 + 78) / 4 and 118 + (8 - 118) / 4."""
+    gains = jnp.arange(-40.0, 61.0)
     first = ValueBounds.unknown().told(gains, 0.5, 0.25)
-    np.testing.assert_allclose([first.low, first.high], [2, 198], rtol=1e-5)
-    np.testing.assert_allclose(first.unscale(jnp.array([-1.0, 0.0, 1.0])), [2, 100, 198], rtol=1e-5)
+    np.testing.assert_allclose([first.low, first.high], [-78, 118], rtol=1e-5)
+    np.testing.assert_allclose(first.unscale(jnp.array([-1.0, 0.0, 1.0])), [-78, 20, 118], rtol=1e-5)
     then = first.told(jnp.full((3, 5), 4.0), 0.5, 0.25)
-    np.testing.assert_allclose([then.low, then.high], [3.5, 150.5], rtol=1e-5)
+    np.testing.assert_allclose([then.low, then.high], [-56.5, 90.5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_step_that_ends_an_episode_keeps_its_worth_where_every_step_is_paid(sign: float) -> None:
+    """Steps that gain 4 are worth 400 if they go on for ever; one that falls over for 3 is worth 3. So it is
+    where every step costs."""
+    agent = fresh("sac", value_bounds_rate=0.5).told(jnp.full(50, sign * 4.0), 0.99)
+    assert isinstance(agent, SAC)
+    rows = some_targets()
+    given = jnp.full_like(rows.value, sign * 250.0).at[0].set(sign * 3.0).at[1].set(sign * 500.0)
+    clipped, metrics = agent._clipped(rows._replace(value=given))
+    np.testing.assert_allclose(clipped.value, given.at[1].set(sign * 400.0), rtol=1e-5)
+    assert metrics["train/target_clipped"] == pytest.approx(1 / len(given))
 
 
 def test_critics_that_start_at_nought_say_the_centre_of_their_bounds() -> None:
@@ -121,8 +134,8 @@ def test_critics_that_start_at_nought_say_the_centre_of_their_bounds() -> None:
 
 
 def test_no_value_changes_by_its_bounds_alone_where_values_are_preserved() -> None:
-    """By hand: within -1..1 an output of 0.5 is 0.5; within 2..198, centre 100 and width 98, it takes an
-    output of (0.5 - 100) / 98. Then on to bounds that are half way to others."""
+    """By hand: within -1..1 an output of 0.5 is 0.5; within 0..198, centre and width 99, it takes an output
+    of (0.5 - 99) / 99. Then on to bounds that are half way to others."""
     agent = fresh("sac", value_bounds_rate=0.5, preserve_values=True)
     rows = some_targets()
     before = agent.action_values(rows.obs, rows.action), agent.target_action_value(rows.obs, rows.action)
@@ -130,7 +143,7 @@ def test_no_value_changes_by_its_bounds_alone_where_values_are_preserved() -> No
     assert isinstance(agent, SAC)
     assert isinstance(first, SAC)
     inner = partial(action_values, obs=rows.obs, action=rows.action)
-    np.testing.assert_allclose(inner(first.critic), (inner(agent.critic) - 100) / 98, rtol=1e-5)
+    np.testing.assert_allclose(inner(first.critic), (inner(agent.critic) - 99) / 99, rtol=1e-5)
     for told in (first, first.told(jnp.full(4, -7.0), 0.5)):
         after = told.action_values(rows.obs, rows.action), told.target_action_value(rows.obs, rows.action)
         np.testing.assert_allclose(after, before, atol=1e-4)

@@ -21,7 +21,9 @@ class ValueBounds(eqx.Module):
 
     A policy that earned the same at every step would be worth r / (1 - gamma). The bounds are those of the
     1 % and the 99 % quantile of r - alpha log pi over the steps of a batch; those of the first batch as they
-    are, later ones by an exponential average (Kubo et al. 2025, section 4 and code).
+    are, later ones by an exponential average (Kubo et al. 2025, section 4 and code). Ours: 0 is within them
+    at all times, for that is what remains to be earned where an episode ends. Hopper is paid at every step:
+    without it a fall was worth what a hundred steps are.
     """
 
     low: Float[Array, ""]
@@ -37,8 +39,8 @@ class ValueBounds(eqx.Module):
         share = jnp.where(self.known, rate, 1.0)
         low, high = jnp.quantile(gain, jnp.array([OUTLIERS, 1.0 - OUTLIERS])) / (1.0 - discount)
         return ValueBounds(
-            low=self.low + share * (low - self.low),
-            high=self.high + share * (high - self.high),
+            low=jnp.minimum(self.low + share * (low - self.low), 0.0),
+            high=jnp.maximum(self.high + share * (high - self.high), 0.0),
             known=jnp.array(True),
         )
 
