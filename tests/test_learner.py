@@ -68,6 +68,16 @@ def learner(tmp_path_factory: pytest.TempPathFactory) -> Learner:
     return Learner(Slide(), "mve-sac", run_dir=folder, settings=SMALL, quiet=True).learn(220)
 
 
+def test_who_waits_is_told_once_that_learning_begins_with_much(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sac = [setting for setting in SMALL if not setting.startswith("dynamics.")]
+    settings = [*sac, "train.initial_updates=600"]
+    Learner(Slide(), "sac", run_dir=tmp_path / "run", settings=settings).learn(120)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("learning begins")]
+    assert told == ["learning begins: 620 updates of the agent before the next step, which can take minutes"]
+
+
 def test_learning_on_an_instance_counts_real_steps_exactly(learner: Learner) -> None:
     assert learner.num_timesteps == 220
 

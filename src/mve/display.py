@@ -11,7 +11,7 @@ from typing import SupportsFloat
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column
 
 WIDE = 130  # columns of a terminal with room for a bar
@@ -96,6 +96,7 @@ def _live_line(console: Console, total_steps: int) -> Progress:
     # On a narrow terminal the numbers matter more than the bar, and wrap rather than being cut.
     bar = [BarColumn(bar_width=16, table_column=fixed)] if console.width >= WIDE else []
     live = Progress(
+        SpinnerColumn(table_column=fixed),  # moves on where steps have to wait for minutes of learning
         TextColumn("[bold]{task.description}", table_column=fixed),
         *bar,
         TextColumn(f"{{task.completed:,.0f}}/{total_steps:,}", table_column=fixed),

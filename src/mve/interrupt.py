@@ -56,11 +56,16 @@ class Interrupt:
         raise SystemExit(128 + self._by)
 
 
-def leave_at_second_ctrl_c() -> None:
-    """End the process AT_ONCE_S after a second Ctrl-C, if it has not ended by itself.
+def _is_watched() -> bool:
+    """Whether a Ctrl-C only asks, as while a run trains."""
+    return isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Interrupt)
 
-    A handler of signals has to wait until Python is back from compiled code, which may take a minute
-    where JAX compiles, and for ever where an environment hangs; a thread of its own need not.
+
+def leave_at_second_ctrl_c() -> None:
+    """Answer the first Ctrl-C, and end the process AT_ONCE_S after the second if it has not ended by itself.
+
+    A handler of signals has to wait until Python is back from compiled code, which may take minutes where a
+    run begins to learn, and for ever where an environment hangs; a thread of its own need not.
     """
     reading, writing = socket.socketpair()
     writing.setblocking(False)
@@ -70,7 +75,9 @@ def leave_at_second_ctrl_c() -> None:
         pressed = 0
         with reading, writing:
             while pressed < 2:
-                pressed += reading.recv(1) == bytes([signal.SIGINT])
+                pressed += (is_ctrl_c := reading.recv(1) == bytes([signal.SIGINT]))
+                if is_ctrl_c and pressed == 1 and _is_watched():
+                    os.write(2, b"\nstopping after this block, which is saved; Ctrl-C again leaves at once\n")
             time.sleep(AT_ONCE_S)
             if sys.stderr.isatty():
                 os.write(2, b"\x1b[?25h\n")  # the cursor, which the progress display had hidden

@@ -35,6 +35,8 @@ from mve.state import Progress
 from mve.train import Due
 from mve.types import FaultError, Metrics, Transition
 
+LONG_WORK = 500  # minibatches and updates at once of which the person who waits is told
+
 
 class Collected(NamedTuple):
     """A block of real steps of every run, not learned from yet."""
@@ -91,14 +93,14 @@ class Loop:
         stopping = False
         while self.step < total and not stopping:
             before = self.step
-            self._learn()
+            self._learn(display)
             self._collect(min(settings.block_steps, total - before))
             looks = schedule.crosses(before, self.step, interval) or self.step == total
             evaluates = looks and self._fault is None
             saves = schedule.crosses(before, self.step, settings.checkpoint_interval) or self.step == total
             saves = saves or interrupt.asked or self._fault is not None
             if evaluates or saves or not settings.overlap:
-                self._learn()
+                self._learn(display)
                 self._read()
             for run, seconds in zip(self.runs, before_start, strict=True):
                 run.seconds = seconds + time.perf_counter() - started
@@ -134,7 +136,7 @@ class Loop:
 
     def _save_what_is_sound(self, display: Display) -> None:
         """A checkpoint, unless what would be in it is beyond repair."""
-        self._learn()
+        self._learn(display)
         self._read()
         self.collector.settle()
         for run, is_finite in zip(self.runs, self.program.are_finite(self.state), strict=True):
@@ -144,7 +146,7 @@ class Loop:
             self._give_up_episodes(display)
         self.save()
 
-    def _learn(self) -> None:
+    def _learn(self, display: Display) -> None:
         """Ask the device to learn from what was collected, if that is not done; it is not waited for.
 
         Where the collector fetches a policy first, that waits until the device is done with the block before,
@@ -156,6 +158,12 @@ class Loop:
         self.collector.before_learning(self.state, step)
         self._read()
         due = self._due(before, step)
+        if due.updates > due.updated == 0 and due.fits + due.updates > LONG_WORK:
+            fits = f"{due.fits:,} minibatches for the model and " if due.fits else ""
+            display.say(
+                f"learning begins: {fits}{due.updates:,} updates of the agent before the next step, which "
+                "can take minutes"
+            )
         self.state, metrics = self.program.learn(self.state, block, due)
         self._collected, self._learning = None, Learning(metrics, due, step)
         self._check_traces()
