@@ -32,6 +32,7 @@ SMALL = (
     "evaluate.episodes=2",
     "evaluate.interval_steps=100",
 )
+SAC = [setting for setting in SMALL if not setting.startswith("dynamics.")]
 
 
 class Slide(gym.Env):
@@ -71,8 +72,7 @@ def learner(tmp_path_factory: pytest.TempPathFactory) -> Learner:
 def test_who_waits_is_told_once_that_learning_begins_with_much(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sac = [setting for setting in SMALL if not setting.startswith("dynamics.")]
-    settings = [*sac, "train.initial_updates=600"]
+    settings = [*SAC, "train.initial_updates=600"]
     Learner(Slide(), "sac", run_dir=tmp_path / "run", settings=settings).learn(120)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("learning begins")]
     assert told == ["learning begins: 620 updates of the agent before the next step, which can take minutes"]

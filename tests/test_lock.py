@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_learner import SMALL, Slide
+from test_learner import SAC, SMALL, Slide
 
 from mve import Learner, lock
 from mve.types import UserError
 
-SAC = [setting for setting in SMALL if not setting.startswith("dynamics.")]
 HOLDS = (
     "import sys, time; from pathlib import Path; from mve import lock\n"
     "with lock.held(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"

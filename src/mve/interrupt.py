@@ -75,8 +75,10 @@ def leave_at_second_ctrl_c() -> None:
         pressed = 0
         with reading, writing:
             while pressed < 2:
-                pressed += (is_ctrl_c := reading.recv(1) == bytes([signal.SIGINT]))
-                if is_ctrl_c and pressed == 1 and _is_watched():
+                if reading.recv(1) != bytes([signal.SIGINT]):
+                    continue
+                pressed += 1
+                if pressed == 1 and _is_watched():
                     os.write(2, b"\nstopping after this block, which is saved; Ctrl-C again leaves at once\n")
             time.sleep(AT_ONCE_S)
             if sys.stderr.isatty():

@@ -23,7 +23,7 @@ class ValueBounds(eqx.Module):
     1 % and the 99 % quantile of r - alpha log pi over the steps of a batch; those of the first batch as they
     are, later ones by an exponential average (Kubo et al. 2025, section 4 and code). Ours: 0 is within them
     at all times, for that is what remains to be earned where an episode ends. Hopper is paid at every step:
-    without it a fall was worth what a hundred steps are.
+    without it a fall was worth what dozens of steps are.
     """
 
     low: Float[Array, ""]
