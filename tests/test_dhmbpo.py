@@ -133,6 +133,18 @@ def test_critics_that_start_at_nought_say_the_centre_of_their_bounds() -> None:
     np.testing.assert_allclose(told.target_action_value(rows.obs, rows.action), centre, rtol=1e-6)
 
 
+def test_critics_start_with_the_spread_that_is_asked_for_and_actors_as_ever() -> None:
+    """Uniform within +-sqrt(6 / 5), the first layer's inputs being 3 + 2, where +-sqrt(1 / 5) is usual."""
+    he, usual = fresh("sac", hidden_gain=6**0.5), fresh("sac")
+    assert isinstance(he, SAC)
+    assert isinstance(usual, SAC)
+    wide, narrow = (agent.critic.layers[0].weight for agent in (he, usual))
+    np.testing.assert_allclose(wide, 6**0.5 * narrow, rtol=1e-5)
+    assert 0.9 * (6 / 5) ** 0.5 < float(jnp.max(jnp.abs(wide))) <= (6 / 5) ** 0.5
+    same = (he.actor, he.critic.layers[-1]), (usual.actor, usual.critic.layers[-1])
+    jax.tree.map(np.testing.assert_array_equal, *same)
+
+
 def test_no_value_changes_by_its_bounds_alone_where_values_are_preserved() -> None:
     """By hand: within -1..1 an output of 0.5 is 0.5; within 0..198, centre and width 99, it takes an output
     of (0.5 - 99) / 99. Then on to bounds that are half way to others."""

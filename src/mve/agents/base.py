@@ -93,6 +93,8 @@ class ActorCriticConfig(AgentConfig):
     output_gain: NonNegative = 1.0
     """Of the critics' last layer at the start, whose weights are uniform in +-gain / sqrt(inputs); at 0
     every value is 0, or the centre of its bounds (DHMBPO)."""
+    hidden_gain: NonNegative = 1.0
+    """Of the critics' other layers at the start, likewise: 1 is PyTorch's, sqrt(6) He's (DHMBPO)."""
 
 
 Objective: TypeAlias = ObjectiveFn | SharedObjective | None
@@ -206,6 +208,7 @@ def init_critic(
             activation=config.activation,
             layer_norm=config.layer_norm,
             norm_inputs=config.norm_inputs,
+            hidden_gain=config.hidden_gain,
             output_gain=config.output_gain,
             key=k,
         )
