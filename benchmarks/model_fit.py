@@ -100,6 +100,11 @@ def row(learner: Learner, steps: Transition, settings: str, options: argparse.Na
     if not asked.dynamics.interval_steps:
         raise UserError("its model is fitted at every block; add dynamics.interval_steps=250 to --try")
     found, cost = errors_and_cost(steps, learner.recipe, asked, options.start, options.seed)
+    if not len(found):
+        raise UserError(
+            f"{len(steps.reward)} steps, the first fit at {options.start} and refits every "
+            f"{asked.dynamics.interval_steps} leave no step to judge by; give a longer run or a smaller --start"
+        )
     later = found[len(found) // 2 :]
     errors = later[:, :-1]
     numbers = [*np.median(errors, axis=0), *np.exp(np.mean(np.log(errors), axis=0))]

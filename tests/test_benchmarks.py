@@ -442,6 +442,9 @@ def test_a_models_fit_is_measured_on_what_a_run_remembers(
         assert 0 < float(many) < 0.7 * float(few)
     assert bench["model_fit"].main([str(tmp_path / "saved")]) == 2
     assert "dynamics.interval_steps=250" in capsys.readouterr().err
+    late = [str(tmp_path / "saved"), "--start", "200", "--try", f"{settings}1"]
+    assert bench["model_fit"].main(late) == 2
+    assert "200 steps, the first fit at 200" in capsys.readouterr().err
 
 
 def test_critics_are_fitted_to_the_policy_of_a_run_as_it_is(
