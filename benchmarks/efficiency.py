@@ -51,19 +51,15 @@ FLAGSHIP = "flagship"
 NO_SUMS = ("targets.n_step=1", "targets.n_step_drawn=false")
 # As the flagship was before, one upon the other.
 ONE_REAL_STEP = ("agent.actor_rate_falls_after=0", *NO_SUMS)
-LOOSE_MODEL = (
-    *ONE_REAL_STEP,
+LOOSE = (
     "dynamics.norm_inputs=true",
     "dynamics.layer_norm=false",
     "dynamics.weight_decay=0.001",
     "dynamics.bootstrap=true",
 )
-FEWER_FITS = (
-    *LOOSE_MODEL,
-    "dynamics.fits_per_refit=60",
-    "dynamics.batch_size=256",
-    "dynamics.learning_rate=0.001",
-)
+FEW_LARGE_FITS = ("dynamics.batch_size=256", "dynamics.learning_rate=0.001")
+LOOSE_MODEL = (*ONE_REAL_STEP, *LOOSE)
+FEWER_FITS = (*LOOSE_MODEL, "dynamics.fits_per_refit=60", *FEW_LARGE_FITS)
 BEFORE = (*FEWER_FITS, "dynamics.stay_in_data=false", "agent.average_share=0")
 VARIANTS = {
     FLAGSHIP: Variant("mve-svg"),
@@ -89,6 +85,18 @@ VARIANTS = {
     "resets": Variant("mve-svg", ("agent.reset_optimisers=true",)),
     "mve-sac": Variant("mve-sac"),
     "dhmbpo": Variant("dhmbpo"),
+    # As the preset was before its model's fit was the flagship's.
+    "dhmbpo-loose": Variant(
+        "dhmbpo",
+        (
+            *LOOSE,
+            "dynamics.fits_per_refit=240",
+            *FEW_LARGE_FITS,
+            "dynamics.holdout_share=0.2",
+            "agent.hidden_gain=1",
+            "train.initial_updates=4000",
+        ),
+    ),
 }
 
 
@@ -239,7 +247,8 @@ def with_others(path: Path | None, fresh: Sequence[tuple[str, ...]]) -> list[tup
 
 
 def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows: the flagship, and it with a setting changed; each seed's return at a step, by task."""
+    """Header and rows: the flagship, and it or a preset with a setting changed; each seed's return at a step,
+    by task."""
     from mve import compare
 
     tasks = list(dict.fromkeys(curve.env for curve in curves))
@@ -252,7 +261,9 @@ def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list
     above: tuple[str, ...] = ()
     for name, variant in VARIANTS.items():
         if name == FLAGSHIP or (variant.settings and name in run):
-            rows.append((changes(variant.settings, above), *(cells.get((task, name), "") for task in tasks)))
+            preset = "" if variant.algo == VARIANTS[FLAGSHIP].algo else f"{variant.algo}, and "
+            told = preset + changes(variant.settings, above)
+            rows.append((told, *(cells.get((task, name), "") for task in tasks)))
             above = variant.settings
     return (f"changed; IQM [95 %]: every seed, at {step}", *tasks), rows
 

@@ -14,6 +14,7 @@ that is as large as its errors.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from functools import partial
@@ -97,14 +98,14 @@ def remembered(learner: Learner, end: int) -> Transition:
 def row(learner: Learner, steps: Transition, settings: str, options: argparse.Namespace) -> tuple[str, ...]:
     """Settings, errors and cost."""
     asked = config.build(learner.config.env.id, learner.config.algo, settings.split())
-    if not asked.dynamics.interval_steps:
+    if not (interval := asked.dynamics.interval_steps):
         raise UserError("its model is fitted at every block; add dynamics.interval_steps=250 to --try")
-    found, cost = errors_and_cost(steps, learner.recipe, asked, options.start, options.seed)
-    if not len(found):
+    if (count := len(steps.reward)) // interval <= math.ceil(options.start / interval):
         raise UserError(
-            f"{len(steps.reward)} steps, the first fit at {options.start} and refits every "
-            f"{asked.dynamics.interval_steps} leave no step to judge by; give a longer run or a smaller --start"
+            f"{count} steps, with the first fit at {options.start} and refits every {interval}, leave none to "
+            "judge by; give a longer run or a smaller --start"
         )
+    found, cost = errors_and_cost(steps, learner.recipe, asked, options.start, options.seed)
     later = found[len(found) // 2 :]
     errors = later[:, :-1]
     numbers = [*np.median(errors, axis=0), *np.exp(np.mean(np.log(errors), axis=0))]

@@ -358,12 +358,14 @@ def test_evidence_is_told_beside_what_was_published(
     changed = efficiency.Variant("sac", ("agent.hidden=[8]",))
     further = efficiency.Variant("sac", (*changed.settings, "agent.batch_size=8"))
     variants = {"flagship": efficiency.Variant("sac"), "small": changed, "few": further}
+    variants["td3-small"] = efficiency.Variant("td3", changed.settings)
     monkeypatch.setattr(efficiency, "VARIANTS", variants)
     for name, seed, value in (
         ("flagship", 0, 10.0),
         ("flagship", 1, 30.0),
         ("small", 0, 5.0),
         ("few", 0, 4.0),
+        ("td3-small", 0, 3.0),
     ):
         run = tmp_path / "runs" / "Task-v1" / name / f"seed-{seed}"
         run.mkdir(parents=True)
@@ -387,17 +389,19 @@ def test_evidence_is_told_beside_what_was_published(
     assert rows[1].startswith("| Task-v1 | Rival | 100 | 1 | 15 ")
     assert rows[3] == "| Task-v1 | flagship | 2 | 100 | 2.0 | 1200.0 | A GPU |"
     changes = told.index("| changed; IQM [95 %]: every seed, at 100 | Task-v1 |")
-    assert told[changes + 2 : changes + 5] == [
+    assert told[changes + 2 : changes + 6] == [
         "| nothing | 20 [10, 30]: 10, 30 |",
         "| agent.hidden=[8] | 5: 5 |",
         "| that above, and agent.batch_size=8 | 4: 4 |",
+        "| td3, and agent.hidden=[8] | 3: 3 |",
     ]
     assert "old" not in page.read_text()
     assert rows[3] in page.read_text()
     assert (tmp_path / "all.csv").read_text().splitlines()[1] == "gym,Task-v1,flagship,0,100,10.00,mve:1"
     kept = "gym,Task-v1,few,0,100,4.00,mve:1"
     both = (tmp_path / "changed.csv").read_text().splitlines()[1:]
-    assert both == [kept, "gym,Task-v1,small,0,100,5.00,mve:1"]
+    other = "gym,Task-v1,td3-small,0,100,3.00,mve:1"
+    assert both == [kept, "gym,Task-v1,small,0,100,5.00,mve:1", other]
     assert (tmp_path / "times.csv").read_text().splitlines()[2] == "Task-v1,flagship,2,100,2.0,1200.0,A GPU"
     assert efficiency.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "holds no runs" in capsys.readouterr().err
@@ -411,7 +415,7 @@ def test_evidence_is_told_beside_what_was_published(
     again = capsys.readouterr().out.splitlines()
     assert [line for line in again if "flagship" in line] == [line for line in told if "flagship" in line]
     both = (tmp_path / "changed.csv").read_text().splitlines()[1:]
-    assert both == [kept, "gym,Task-v1,small,7,100,5.00,mve:1"]
+    assert both == [kept, "gym,Task-v1,small,7,100,5.00,mve:1", other]
     with (tmp_path / "changed.csv").open("a") as file:
         file.write("gym,Task-v1,unheard-of,0,100,5.00,mve:1\n")
     assert efficiency.main(asked) == 2
@@ -444,7 +448,7 @@ def test_a_models_fit_is_measured_on_what_a_run_remembers(
     assert "dynamics.interval_steps=250" in capsys.readouterr().err
     late = [str(tmp_path / "saved"), "--start", "200", "--try", f"{settings}1"]
     assert bench["model_fit"].main(late) == 2
-    assert "200 steps, the first fit at 200" in capsys.readouterr().err
+    assert "200 steps, with the first fit at 200" in capsys.readouterr().err
 
 
 def test_critics_are_fitted_to_the_policy_of_a_run_as_it_is(
