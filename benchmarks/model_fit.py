@@ -102,8 +102,8 @@ def row(learner: Learner, steps: Transition, settings: str, options: argparse.Na
         raise UserError("its model is fitted at every block; add dynamics.interval_steps=250 to --try")
     if (count := len(steps.reward)) // interval <= math.ceil(options.start / interval):
         raise UserError(
-            f"{count} steps, with the first fit at {options.start} and refits every {interval}, leave none to "
-            "judge by; give a longer run or a smaller --start"
+            f"{count} steps, with the first fit at {options.start} and refits every {interval}, leave none "
+            "to judge by; give a longer run or a smaller --start"
         )
     found, cost = errors_and_cost(steps, learner.recipe, asked, options.start, options.seed)
     later = found[len(found) // 2 :]
