@@ -49,17 +49,18 @@ class Variant(NamedTuple):
 
 FLAGSHIP = "flagship"
 NO_SUMS = ("targets.n_step=1", "targets.n_step_drawn=false")
-# As the flagship was before, one upon the other.
-ONE_REAL_STEP = ("agent.actor_rate_falls_after=0", *NO_SUMS)
+# A model whose fit nothing holds back.
 LOOSE = (
     "dynamics.norm_inputs=true",
     "dynamics.layer_norm=false",
     "dynamics.weight_decay=0.001",
     "dynamics.bootstrap=true",
 )
-FEW_LARGE_FITS = ("dynamics.batch_size=256", "dynamics.learning_rate=0.001")
+LARGE_MINIBATCHES = ("dynamics.batch_size=256", "dynamics.learning_rate=0.001")
+# As the flagship was before, one upon the other.
+ONE_REAL_STEP = ("agent.actor_rate_falls_after=0", *NO_SUMS)
 LOOSE_MODEL = (*ONE_REAL_STEP, *LOOSE)
-FEWER_FITS = (*LOOSE_MODEL, "dynamics.fits_per_refit=60", *FEW_LARGE_FITS)
+FEWER_FITS = (*LOOSE_MODEL, "dynamics.fits_per_refit=60", *LARGE_MINIBATCHES)
 BEFORE = (*FEWER_FITS, "dynamics.stay_in_data=false", "agent.average_share=0")
 VARIANTS = {
     FLAGSHIP: Variant("mve-svg"),
@@ -91,7 +92,7 @@ VARIANTS = {
         (
             *LOOSE,
             "dynamics.fits_per_refit=240",
-            *FEW_LARGE_FITS,
+            *LARGE_MINIBATCHES,
             "dynamics.holdout_share=0.2",
             "agent.hidden_gain=1",
             "train.initial_updates=4000",
@@ -258,22 +259,23 @@ def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list
     }
     run = {curve.algo for curve in curves}
     rows: list[tuple[str, ...]] = []
-    above: tuple[str, ...] = ()
+    above = VARIANTS[FLAGSHIP]
     for name, variant in VARIANTS.items():
         if name == FLAGSHIP or (variant.settings and name in run):
-            preset = "" if variant.algo == VARIANTS[FLAGSHIP].algo else f"{variant.algo}, and "
-            told = preset + changes(variant.settings, above)
-            rows.append((told, *(cells.get((task, name), "") for task in tasks)))
-            above = variant.settings
+            rows.append((changes(variant, above), *(cells.get((task, name), "") for task in tasks)))
+            above = variant
     return (f"changed; IQM [95 %]: every seed, at {step}", *tasks), rows
 
 
-def changes(settings: tuple[str, ...], above: tuple[str, ...]) -> str:
-    """The settings in words, those of the row above in short where they are among them."""
+def changes(variant: Variant, above: Variant) -> str:
+    """The settings in words, those of the row above in short where they are among them, and the preset where
+    it is not the flagship's."""
+    (algo, settings), count = variant, len(above.settings)
     if not settings:
         return "nothing"
-    goes_on = bool(above) and settings[: len(above)] == above
-    return " ".join(("that above, and", *settings[len(above) :]) if goes_on else settings)
+    if count and algo == above.algo and settings[:count] == above.settings:
+        return " ".join(("that above, and", *settings[count:]))
+    return " ".join(settings if algo == VARIANTS[FLAGSHIP].algo else (f"{algo}, and", *settings))
 
 
 TIMES = ("task", "algorithm", "runs", "steps", "minutes a run", "ms a step", "device")

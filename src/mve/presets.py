@@ -85,7 +85,7 @@ _MBPO_MODEL = {
     "dynamics.holdout_share": 0.2,
     "dynamics.patience": 5,
 }
-# But for the model's fit, which is ours, and for what `dhmbpo` below has by itself.
+# Kubo et al. 2025, except for the model's fit, which is ours; `dhmbpo` below adds what is its alone.
 _DHMBPO = {
     "agent.hidden": [256] * 3,
     "agent.activation": "silu",
@@ -309,10 +309,10 @@ PRESETS: dict[str, Preset] = {
     # dropout and by rows held out, which stop it after some hundreds to thousands of minibatches of 2048, and
     # every member weighs the rows its own way; here by decay, 500 times as strong, and LayerNorm with scale
     # and shift, after 960 minibatches of 128 at twice the rate, from all rows for every member, with ten
-    # times the rate for the noise, and the optimiser's state is kept. Held back by nothing, with as few
-    # minibatches, it cost HalfCheetah half of its return at 10 000 steps (docs/sample-efficiency.md). Updates
-    # come between blocks of real steps and not all before an episode. Not expressed: dropout, in the critics
-    # as well (1e-3), and the start of the actor (orthogonal, softplus for its spread).
+    # times the rate for the noise, and the optimiser's state is kept. Held back by nothing, it cost
+    # HalfCheetah half of its return at 10 000 steps (docs/sample-efficiency.md). Updates come between blocks
+    # of real steps and not all before an episode. Not expressed: dropout, in the critics as well (1e-3), and
+    # the start of the actor (orthogonal, softplus for its spread).
     "dhmbpo": Preset(
         "SAC on imagined states alone: long rollouts spread them, short ones expand critic and actor",
         "Kubo et al. 2025, TMLR",
@@ -340,12 +340,12 @@ PRESETS: dict[str, Preset] = {
     # steps before learning say little of where the policy now is. Two critics do; three imagined steps as
     # well as five. The discount is DHMBPO's: with 0.99 Hopper stays with a lunge that ends in a fall.
     # Imagined states keep to the range of real ones: one cheetah lay on its back for thousands of steps, and
-    # its critic knew a way to its feet that there was not. The model's fit is that of `dhmbpo` above:
-    # held back, it errs less on the steps to come, and believes in noise that is nearer to its errors. A real
-    # row sums up to eight real steps before it imagines, how many being drawn:
-    # falls come back to what led to them in few updates, where the model, which seldom falls, hid them from
-    # the critic. What is evaluated is an average over the last twentieth of the updates, and the actor's rate
-    # falls: from one to the next, a gait as sharp as these trips or does not.
+    # its critic knew a way to its feet that there was not. The model's fit is that of `dhmbpo` above: held
+    # back, it errs less on the steps to come, and believes in noise that is nearer to its errors. A real row
+    # sums up to eight real steps before it imagines, how many being drawn: falls come back to what led to
+    # them in few updates, where the model, which seldom falls, hid them from the critic. What is evaluated is
+    # an average over the last twentieth of the updates, and the actor's rate falls: from one to the next, a
+    # gait as sharp as these trips or does not.
     "mve-svg": Preset(
         "MVE for the critic, value gradients for the actor, of the same three imagined steps: the default",
         "ours, after Feinberg et al. 2018, arXiv 1803.00101; Kubo et al. 2025, TMLR",
