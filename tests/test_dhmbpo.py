@@ -616,6 +616,17 @@ def test_the_warm_up_is_a_fifth_of_the_budget_if_so_wanted() -> None:
         assert schedule.with_budgets(built, 200) == built
 
 
+def test_a_run_is_saved_as_often_as_it_is_judged() -> None:
+    """So that little is lost of a short one, and what was judged best is there; every 5000 steps at least."""
+    asked = build("Pendulum-v1", "sac", [])
+    for budget, looks, saves in ((5000, 0, 1000), (200_000, 0, 5000), (5000, 300, 300), (20_000, 7000, 5000)):
+        evaluate = replace(asked.evaluate, interval_steps=looks)
+        of_budget = replace(asked, train=replace(asked.train, total_steps=budget), evaluate=evaluate)
+        assert schedule.with_budgets(of_budget, 200).train.checkpoint_interval == saves
+    own = build("Pendulum-v1", "sac", ["train.checkpoint_interval=70"])
+    assert schedule.with_budgets(own, 200).train.checkpoint_interval == 70
+
+
 def test_weights_decay_by_layer() -> None:
     config = DynamicsConfig(
         hidden=(4,), members=2, weight_decay=0.5, weight_decay_by_layer=(0.25, 1.0), learning_rate=0.1

@@ -65,8 +65,9 @@ class TrainConfig:
     hold_steps: Annotated[int, Meta(ge=1, le=1000)] = 1
     """Environment steps that a draw of exploration noise, or a random action, stays at most; how many is
     drawn, n with probability proportional to n^-2 (FlashSAC: 16). None stays beyond its block."""
-    checkpoint_interval: Positive = 5000
-    """Environment steps between checkpoints; one is always written at the end."""
+    checkpoint_interval: Count = 0
+    """Environment steps between checkpoints, of which one is always written at the end; 0: as between
+    evaluations, 5000 at most."""
     matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     """Of matrix products on GPU and TPU, whose own default rounds the inputs to fewer bits; a CPU computes in
     float32 whatever is asked."""

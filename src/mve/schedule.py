@@ -16,6 +16,7 @@ EPISODES_IN_BUDGET, BUDGET_WITHOUT_LIMIT = 25, 25_000
 LONGEST_WARMUP, WARMUP_SHARE = 5000, 5  # environment steps at most; a fifth of the budget
 SMALLEST_DISCOUNT, LARGEST_DISCOUNT = 0.95, 0.995  # of those that come from the episode's length
 SHORT_BUDGET = 100_000  # environment steps below which evaluations come every 1000 steps
+LONGEST_UNSAVED = 5000  # environment steps between checkpoints, unless other is asked
 
 
 def with_budgets(config: Config, max_episode_steps: int | None) -> Config:
@@ -31,7 +32,13 @@ def with_budgets(config: Config, max_episode_steps: int | None) -> Config:
     return replace(
         config,
         targets=replace(config.targets, discount=discount),
-        train=replace(config.train, total_steps=total, learning_starts=starts, initial_updates=updates),
+        train=replace(
+            config.train,
+            total_steps=total,
+            learning_starts=starts,
+            initial_updates=updates,
+            checkpoint_interval=config.train.checkpoint_interval or min(interval, LONGEST_UNSAVED),
+        ),
         dynamics=replace(config.dynamics, learning_starts=_number(config.dynamics.learning_starts, starts)),
         evaluate=replace(config.evaluate, interval_steps=interval),
     )
