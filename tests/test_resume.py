@@ -146,6 +146,7 @@ def test_giving_up_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[st
     said = [line for line in capsys.readouterr().err.splitlines() if "begun anew" in line]
     assert len(said) == 1
     assert "Probe" in said[0]
+    assert f"train.checkpoint_interval = {INTERVAL} steps" in said[0]
 
 
 def test_seeds_side_by_side_resume_exactly(
