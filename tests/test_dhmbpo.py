@@ -195,6 +195,8 @@ def test_critics_may_learn_a_histogram_whose_mean_is_their_value() -> None:
         ({"preserve_values": True}, "there are none"),
         ({"value_bins": 2, "value_bounds_rate": 0.1}, "next to nothing"),
         ({"value_bins": 101, "value_bounds_rate": 0.1, "preserve_values": True}, "moves with its bounds"),
+        ({"value_bins": 101, "value_bounds_rate": 0.1, "value_margin": 1.0}, "ends where its bounds are"),
+        ({"value_margin": 1.0}, "there are none"),
     ],
 )
 def test_histograms_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -202,10 +204,12 @@ def test_histograms_that_cannot_be_are_refused(settings: dict[str, Any], message
         SACConfig(**settings)
 
 
-def test_targets_beyond_the_bounds_are_clipped_and_counted() -> None:
-    agent = fresh("sac", value_bounds_rate=0.5).told(jnp.array([-1.0, 1.0]), 0.0)
+@pytest.mark.parametrize("margin", [0.0, 2.0])
+def test_targets_beyond_the_bounds_are_clipped_and_counted(margin: float) -> None:
+    """Bounds of -0.98 and 0.98, half a distance of 0.98: with a margin of two, -2.94 and 2.94."""
+    agent = fresh("sac", value_bounds_rate=0.5, value_margin=margin).told(jnp.array([-1.0, 1.0]), 0.0)
     rows = some_targets()._replace(value=jnp.array([-9.0, 9.0, *np.linspace(-0.5, 0.5, ROWS - 2)]))
-    within = rows._replace(value=jnp.clip(rows.value, -0.98, 0.98))
+    within = rows._replace(value=jnp.clip(rows.value, -0.98 - margin * 0.98, 0.98 + margin * 0.98))
     after, metrics = agent.update(rows, rows.obs, the_value, jax.random.key(0))
     other, none = agent.update(within, rows.obs, the_value, jax.random.key(0))
     assert same(after, other)
@@ -441,6 +445,26 @@ def test_every_row_draws_how_many_real_steps_it_sums() -> None:
     assert counts[0] == 0
     assert counts.sum() > 200
     np.testing.assert_allclose(counts[1:] / counts.sum(), 0.25, atol=0.07)
+
+
+@pytest.mark.parametrize(("within", "warmup", "first"), [(0, 5, 0), (9, 5, 11), (9, 14, 14), (30, 0, 0)])
+def test_only_recent_rows_of_the_policys_own_steps_are_summed(within: int, warmup: int, first: int) -> None:
+    """At step 20, rows from max(20 - within, warm-up) on; two steps, where the episode goes on, or one."""
+    ours = mixed(0.4)
+    ours = replace(
+        ours,
+        targets=replace(ours.targets, n_step=2, n_step_within=within),
+        learning_starts=warmup,
+    )
+    state = replace(remembering(ours), num_env_steps=jnp.int32(20))
+    rows = jax.tree.map(np.asarray, state.replay.rows)
+    batch = jax.tree.map(np.asarray, experience.real_batch(state, ours, 500, jax.random.key(8)))
+    where = {row.tobytes(): i for i, row in enumerate(rows.obs[:20])}
+    begins = np.array([where[row.tobytes()] for row in batch.obs])
+    goes_on = (begins < 19) & (rows.continuation[begins] > 0)
+    summed = (begins >= first) & goes_on
+    np.testing.assert_array_equal(batch.next_obs, rows.next_obs[begins + summed])
+    assert {int(b) for b in begins[summed]} == {i for i in range(first, 19) if rows.continuation[i]}
 
 
 def test_real_steps_are_expanded_by_the_whole_of_the_rollouts_that_start_where_they_led_to() -> None:

@@ -114,6 +114,11 @@ def _check_estimator(config: Config) -> None:
             "targets.n_step_drawn draws from 1 to targets.n_step, which is 1; set targets.n_step (8, say) "
             "or targets.n_step_drawn=false"
         )
+    elif targets.n_step_within:
+        raise UserError(
+            f"targets.n_step_within = {targets.n_step_within} says which rows sum targets.n_step real steps, "
+            "which is 1; set targets.n_step (8, say) or targets.n_step_within=0"
+        )
     if targets.calibrates and targets.horizon_steps > block_steps:
         raise UserError(
             f"targets.estimator = calibrated measures the model within a block: targets.horizon_steps = "

@@ -37,6 +37,7 @@ from mve.types import (
     CriticTargets,
     Key,
     Metrics,
+    NonNegative,
     PolicyFn,
     PolicyOfFn,
     Rate,
@@ -72,6 +73,9 @@ class SACConfig(ActorCriticConfig):
     value_bounds_rate: Unit = 0.0
     """Where above 0, values are scaled to bounds that move so far towards those of the newest batch at each
     update (DHMBPO: 3e-4), and targets are clipped to them."""
+    value_margin: NonNegative = 0.0
+    """How far beyond those bounds targets may lie before they are clipped, in half distances of the bounds:
+    these follow slowly where values rise fast."""
     value_bins: Count = 0
     """Bins of a histogram over the bounds that critics learn by cross-entropy, their values being its mean
     (HL-Gauss: Farebrother et al. 2024, arXiv 2403.03950, who have 101); 0: values by squared error."""
@@ -99,6 +103,11 @@ class SACConfig(ActorCriticConfig):
                 f"agent.value_bins = {self.value_bins} divides the bounds of values, and there are none; "
                 "set agent.value_bounds_rate, 3e-4 is usual"
             )
+        if self.value_margin and not self.scales_values:
+            raise UserError(
+                f"agent.value_margin = {self.value_margin} is beyond the bounds of values, and there are none; "
+                "set agent.value_bounds_rate, 3e-4 is usual"
+            )
         if self.preserve_values and not self.scales_values:
             raise UserError(
                 "agent.preserve_values = True keeps values where their bounds move, and there are none; "
@@ -109,6 +118,10 @@ class SACConfig(ActorCriticConfig):
         if self.value_bins and self.preserve_values:
             raise UserError(
                 "a histogram moves with its bounds; set agent.preserve_values=false or agent.value_bins=0"
+            )
+        if self.value_bins and self.value_margin:
+            raise UserError(
+                "a histogram ends where its bounds are; set agent.value_margin=0 or agent.value_bins=0"
             )
 
 
@@ -245,10 +258,12 @@ class SAC(Agent):
         return jnp.sqrt(steady / jnp.maximum(self.num_updates, steady).astype(jnp.float32))
 
     def _clipped(self, targets: CriticTargets) -> tuple[CriticTargets, Metrics]:
-        """Targets within the bounds. Published: the bootstrap alone is clipped; this bounds that as well."""
+        """Targets within the bounds and the margin around them. Published: the bootstrap alone is clipped;
+        without a margin this bounds that as well."""
         if (bounds := self.bounds) is None:
             return targets, {}
-        value = jnp.clip(targets.value, bounds.low, bounds.high)
+        margin = self.config.value_margin * bounds.width
+        value = jnp.clip(targets.value, bounds.low - margin, bounds.high + margin)
         return targets._replace(value=value), {
             "train/target_clipped": jnp.mean(value != targets.value, dtype=jnp.float32),
             "train/value_low": bounds.low,

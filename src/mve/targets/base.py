@@ -47,6 +47,10 @@ class TargetsConfig:
     """Whether each target sums a number of real steps of its own, drawn uniformly from 1 to n_step, so that
     far returns and near ones mix: what the critic learns is on average the mean of those n targets (as
     TD(lambda) mixes them geometrically, Sutton and Barto 2018, section 12.1). False: n_step for all."""
+    n_step_within: Count = 0
+    """Environment steps within which a row is recent enough to be summed with those that followed it. Older
+    rows, and those of the warm-up, stand for one step: where the policy has long done otherwise, long sums
+    keep its values down, and it from trying. 0: all rows are summed."""
     divide_by_horizon: bool = True
     """Divide the loss of mve_tdk by H, as the paper prints it; its H+1 terms then sum to (H+1)/H."""
 
