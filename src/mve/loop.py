@@ -239,11 +239,8 @@ class Loop:
         """Those whose state cannot be saved: a run that stops here and one that does not then agree."""
         reasons = [run.keep_what_can_be_kept() for run in self.runs]
         if reasons[0] and not self._said:
-            every = self.config.train.checkpoint_interval
-            display.say(
-                f"episodes are begun anew after every checkpoint (train.checkpoint_interval = {every} steps): "
-                f"{reasons[0]}"
-            )
+            every = f"train.checkpoint_interval = {self.config.train.checkpoint_interval} steps"
+            display.say(f"episodes are begun anew after every checkpoint ({every}): {reasons[0]}")
             self._said = True
 
     def save(self) -> None:

@@ -105,7 +105,7 @@ class SACConfig(ActorCriticConfig):
             )
         if self.value_margin and not self.scales_values:
             raise UserError(
-                f"agent.value_margin = {self.value_margin} is beyond the bounds of values, and there are none; "
+                f"agent.value_margin = {self.value_margin} goes beyond bounds of values, and there are none; "
                 "set agent.value_bounds_rate, 3e-4 is usual"
             )
         if self.preserve_values and not self.scales_values:
