@@ -100,7 +100,7 @@ class Run:
             imagination=settings.imagination,
             targets=settings.targets,
             recency=settings.replay.recency,
-            learning_starts=settings.train.learning_starts,  # pyright: ignore[reportArgumentType]
+            learning_starts=int(settings.train.learning_starts),
         )
         if settings.dynamics.kind != "oracle" or not recipe.uses_model:
             return recipe

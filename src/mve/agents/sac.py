@@ -45,6 +45,12 @@ from mve.types import (
     UserError,
 )
 
+BOUNDED = {  # settings that ask for bounds of values, and what they do to them
+    "value_bins": "divides the bounds of values",
+    "value_margin": "goes beyond bounds of values",
+    "preserve_values": "keeps values where their bounds move",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SACConfig(ActorCriticConfig):
@@ -98,21 +104,12 @@ class SACConfig(ActorCriticConfig):
                 f"agent.target_critics = {self.target_critics} is more than agent.critics = {self.critics}; "
                 "lower it"
             )
-        if self.value_bins and not self.scales_values:
-            raise UserError(
-                f"agent.value_bins = {self.value_bins} divides the bounds of values, and there are none; "
-                "set agent.value_bounds_rate, 3e-4 is usual"
-            )
-        if self.value_margin and not self.scales_values:
-            raise UserError(
-                f"agent.value_margin = {self.value_margin} goes beyond bounds of values, and there are none; "
-                "set agent.value_bounds_rate, 3e-4 is usual"
-            )
-        if self.preserve_values and not self.scales_values:
-            raise UserError(
-                "agent.preserve_values = True keeps values where their bounds move, and there are none; "
-                "set agent.value_bounds_rate, 3e-4 is usual"
-            )
+        for name, does in BOUNDED.items():
+            if getattr(self, name) and not self.scales_values:
+                raise UserError(
+                    f"agent.{name} = {getattr(self, name)} {does}, and there are none; "
+                    "set agent.value_bounds_rate, 3e-4 is usual"
+                )
         if self.value_bins in (1, 2):
             raise UserError(f"agent.value_bins = {self.value_bins} says next to nothing; 101 is usual")
         if self.value_bins and self.preserve_values:
@@ -258,8 +255,7 @@ class SAC(Agent):
         return jnp.sqrt(steady / jnp.maximum(self.num_updates, steady).astype(jnp.float32))
 
     def _clipped(self, targets: CriticTargets) -> tuple[CriticTargets, Metrics]:
-        """Targets within the bounds and the margin around them. Published: the bootstrap alone is clipped;
-        without a margin this bounds that as well."""
+        """Targets within the bounds and the margin around them. Published: the bootstrap alone is clipped."""
         if (bounds := self.bounds) is None:
             return targets, {}
         margin = self.config.value_margin * bounds.width
