@@ -76,7 +76,7 @@ def asked_recipe(learner: Learner, settings: str) -> Recipe:
 @partial(jax.jit, static_argnames="recipe")
 def learned(state: TrainState, recipe: Recipe, updates: int, key: Key) -> TrainState:
     """The critics, so many updates on."""
-    return train.updated(state, recipe, jnp.asarray(updates), jnp.int32(0), key, critics_only=True)[0]
+    return train.updated(state, recipe, jnp.asarray(updates), key, critics_only=True)[0]
 
 
 def row(agent: Agent, earned: Earned, name: str) -> tuple[str, ...]:

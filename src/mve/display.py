@@ -16,6 +16,7 @@ from rich.table import Column
 
 WIDE = 130  # columns of a terminal with room for a bar
 RATE_WINDOW_S = 30.0  # steps/s is that of the last half minute: random warm-up steps cost next to nothing
+SAID_EVERY_S = 30.0  # how far learning is, where there is no live line
 
 
 class Display:
@@ -30,6 +31,8 @@ class Display:
         self._learning_starts = learning_starts
         self._fields: dict[str, SupportsFloat | str] = {}
         self._marks: deque[tuple[float, int]] = deque()
+        self._began: tuple[float, int] | None = None  # when learning at one step was first heard of, how far
+        self._said = 0.0
         console = Console(stderr=True)
         self._quiet = quiet
         self._live = None if quiet or not console.is_terminal else _live_line(console, total_steps)
@@ -63,9 +66,26 @@ class Display:
         elif not self._quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def learning(self, done: int, updates: int) -> None:
+        """How far it is where many updates come between two steps, until the next call of `progress`."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began, self._said = (now, done), now
+        began, first = self._began
+        text = f"{done:,} of {updates:,} updates"
+        if done > first:
+            text += f", {_duration((now - began) / (done - first) * (updates - done))} left of them"
+        if self._live:
+            self._fields["learning"] = text
+            self._live.update(self._live.task_ids[0], text=self._summary(self._marks[-1][1]))
+        elif not self._quiet and now - self._said >= SAID_EVERY_S:
+            print(f"learning: {text}", file=sys.stderr, flush=True)
+            self._said = now
+
     def progress(self, step: int, fields: Mapping[str, SupportsFloat | str]) -> None:
         """Update the display. `env` names the line; every other field is shown as `name value`."""
-        now = time.monotonic()
+        now, self._began = time.monotonic(), None
+        self._fields.pop("learning", None)
         self._marks.append((now, step))
         while now - self._marks[0][0] > RATE_WINDOW_S and len(self._marks) > 2:
             self._marks.popleft()

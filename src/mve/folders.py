@@ -7,7 +7,7 @@ checkpoints   the training state, replay included, and how far the run had come
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from mve.checkpoint.segments import Ring, Shelf
 from mve.config import Config
 from mve.envs import snapshot
 from mve.envs.base import Snapshot
-from mve.state import Capacity, Progress, Recipe, TrainState, fresh_state
+from mve.state import Capacity, Progress, Recipe, TrainState, Unfinished, fresh_state
 from mve.train import exploration_policy
 from mve.types import Count, Json, NonNegative, Positive, UserError
 
@@ -55,6 +55,7 @@ class Facts:
     seen: dict[str, tuple[float, float] | None] | None = None  # lowest and highest reward and observation
     run: Json | None = None  # the same for all checkpoints of a run; format 1 did not have it
     evaluation: dict[str, float] | None = None  # of the state that is saved, if it was evaluated
+    unfinished: Unfinished | None = None
 
 
 def default(name: str, algo: str) -> Path:
@@ -133,6 +134,7 @@ def freeze(progress: Progress, env: Snapshot | None, facts: Json, ring: Ring, sh
         "replay_rows": ring.capacity,
         "imagined_rows": state.imagined.capacity if state.imagined else 0,
         "has_explorer": progress.explorer is not None,
+        "unfinished": progress.unfinished and asdict(progress.unfinished),
         "env": None if env is None else env.facts,
     }
     tree = _tree(progress) | {"env": {} if env is None else env.arrays}
@@ -155,10 +157,11 @@ def restore(
         return jax.eval_shape(tree) | {"env": {} if facts.env is None else snapshot.template(facts.env)}
 
     tree, held = checkpoint.restore(checkpoints(folder), template_of, which)
-    facts = {"evaluation": None} | held
+    facts = {"evaluation": None, "unfinished": None} | held
     explorer, arrays = jax.tree.map(np.asarray, tree.pop("explorer")), tree.pop("env")
     env = None if facts["env"] is None else Snapshot(arrays, facts["env"])
-    return Progress(TrainState(**jax.tree.map(jnp.asarray, tree)), explorer), env, facts
+    unfinished = facts["unfinished"] and Unfinished(**facts["unfinished"])
+    return Progress(TrainState(**jax.tree.map(jnp.asarray, tree)), explorer, unfinished), env, facts
 
 
 def _checked(held: Json, identity: Json) -> Facts:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its block and saves; a second one leaves at once."""
+"""Signals that ask a run to stop: it finishes what is in hand and saves; a second one leaves at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Interrupt:
 
     @property
     def asked(self) -> bool:
-        """Whether the block in hand is to be the last."""
+        """Whether what is in hand is to be the last: a block of real steps, or a piece of learning."""
         return self._by is not None
 
     @contextmanager
@@ -79,7 +79,7 @@ def leave_at_second_ctrl_c() -> None:
                     continue
                 pressed += 1
                 if pressed == 1 and _is_watched():
-                    os.write(2, b"\nstopping after this block, which is saved; Ctrl-C again leaves at once\n")
+                    os.write(2, b"\nstopping once what is in hand is saved; Ctrl-C again leaves at once\n")
             time.sleep(AT_ONCE_S)
             if sys.stderr.isatty():
                 os.write(2, b"\x1b[?25h\n")  # the cursor, which the progress display had hidden

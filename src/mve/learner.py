@@ -164,7 +164,7 @@ class Learner:
     def learn(self, total_timesteps: int | None = None) -> Learner:
         """Train for so many more environment steps, or to the end of the configured budget.
 
-        Ends with an evaluation, a checkpoint and the learning curve. On Ctrl-C the block in hand is finished
+        Ends with an evaluation, a checkpoint and the learning curve. On Ctrl-C what is in hand is finished
         and saved before KeyboardInterrupt is raised; on SIGTERM or SIGHUP likewise before SystemExit, with
         128 plus the signal's number. A second signal raises at once, and nothing more is saved. Raises
         FaultError, everything saved, for an environment that fails, and DivergedError, nothing saved, for

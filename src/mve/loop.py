@@ -12,6 +12,10 @@ checkpoints are of the state that has learned from every step so far, and the la
 them: the policy of state k is fetched before block k is learned from, and goes into the checkpoint. Without
 overlap, block k+1 is collected with the policy of state k+1, as in the algorithms' published listings; so
 it is always where the environment is on the device too (`collect.py`).
+
+Where thousands of updates follow a block, as where learning begins, they are asked for in pieces, all but the
+last of which are waited for. A signal between two of them ends the run there: what is saved then has learned
+from a part of its last block, and says how far it was.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from mve import folders, log, schedule, train
@@ -31,7 +36,7 @@ from mve.display import Display
 from mve.interrupt import Interrupt
 from mve.program import Alone, Together
 from mve.run import Run
-from mve.state import Progress
+from mve.state import Progress, Unfinished
 from mve.train import Due
 from mve.types import FaultError, Metrics, Transition
 
@@ -39,11 +44,25 @@ LONG_WORK = 500  # minibatches and updates at once of which the person who waits
 
 
 class Collected(NamedTuple):
-    """A block of real steps of every run, not learned from yet."""
+    """A block of real steps of every run, not learned from to the end yet."""
 
     block: Transition
     before: int  # step at which it starts
     step: int  # and ends
+    done: int = 0  # of the updates that follow it; above 0 it is in the replay
+
+    @property
+    def unfinished(self) -> Unfinished | None:
+        """What a checkpoint says of it."""
+        return Unfinished(self.before, self.done) if self.done else None
+
+
+class After(NamedTuple):
+    """What comes after a block of real steps."""
+
+    looks: bool  # at the deterministic policy
+    saves: bool
+    waits: bool  # until the block is learned from, before the next is collected
 
 
 class Learning(NamedTuple):
@@ -65,7 +84,7 @@ class Loop:
         self.state = self.program.joined([each.state for each in progress])
         self.step = int(self.state.num_env_steps)
         self.collector = collector_for(self.runs, self.program, progress)
-        self._collected: Collected | None = None
+        self._collected = self._left_over(progress[0].unfinished)
         self._learning: Learning | None = None
         self._fault: FaultError | None = None
         self._traces: int | None = None
@@ -75,36 +94,48 @@ class Loop:
 
     def progress(self) -> list[Progress]:
         """Where each run stands."""
+        unfinished = self._collected and self._collected.unfinished
         return [
-            Progress(self.program.part(self.state, i), explorer)
+            Progress(self.program.part(self.state, i), explorer, unfinished)
             for i, explorer in enumerate(self.collector.explorers)
         ]
+
+    def _left_over(self, unfinished: Unfinished | None) -> Collected | None:
+        """The block that learning goes on from; its rows are in the replay, and nobody reads them again."""
+        if unfinished is None:
+            return None
+        rows, count = self.state.replay.rows, self.config.train.block_steps
+        seeds = rows.reward.shape[:-1]  # an axis, or none
+        block: Transition = jax.tree.map(
+            lambda x: np.zeros((*seeds, count, *x.shape[len(seeds) + 1 :]), x.dtype), rows
+        )
+        return Collected(block, unfinished.before, self.step, unfinished.done)
 
     def go_on(
         self, total: int, records: Sequence[log.RunLog], display: Display, interrupt: Interrupt
     ) -> None:
-        """Up to so many environment steps, or until a signal; ends with an evaluation and a checkpoint.
+        """Up to so many environment steps, or until a signal; ends with an evaluation and a checkpoint,
+        after a signal with the latter.
 
         After a fault of an environment it ends with a checkpoint and raises FaultError. Raises DivergedError
         without one: the checkpoint before is the last good one.
         """
-        settings, interval = self.config.train, self.config.evaluate.interval_steps
+        interval = self.config.evaluate.interval_steps
         started, before_start = time.perf_counter(), [run.seconds for run in self.runs]
         stopping = False
-        while self.step < total and not stopping:
-            before = self.step
-            self._learn(display)
-            self._collect(min(settings.block_steps, total - before))
-            looks = schedule.crosses(before, self.step, interval) or self.step == total
-            evaluates = looks and self._fault is None
-            saves = schedule.crosses(before, self.step, settings.checkpoint_interval) or self.step == total
+        while (self.step < total or self._collected is not None) and not stopping:
+            before = self._act(total, display, interrupt)
+            looks, saves, waits = self._after(before, total)
             saves = saves or interrupt.asked or self._fault is not None
-            if evaluates or saves or not settings.overlap:
-                self._learn(display)
+            if waits or saves:
+                self._learn(display, interrupt)
                 self._read()
+            is_broken_off = waits and self._collected is not None  # and looks when it has gone on
+            evaluates = looks and self._fault is None and not is_broken_off
             for run, seconds in zip(self.runs, before_start, strict=True):
                 run.seconds = seconds + time.perf_counter() - started
-            tells = evaluates or schedule.crosses(before, self.step, max(interval // 5, 1))
+            tells = schedule.crosses(before, self.step, max(interval // 5, 1)) and not is_broken_off
+            tells = tells or evaluates
             if tells or saves:
                 self.collector.settle()
             display.progress(self.step, self._shown())
@@ -116,9 +147,29 @@ class Loop:
             self.writer.poll()
             stopping = interrupt.asked or self._fault is not None
             if saves or stopping:
-                self._save_what_is_sound(display)
+                self._save_what_is_sound(display, interrupt)
         if self._fault is not None:
             raise self._fault
+
+    def _act(self, total: int, display: Display, interrupt: Interrupt) -> int:
+        """Learn from the block in hand, and collect the next; the step at which that starts.
+
+        Learning that was broken off before the run was to be judged or saved leads there first.
+        """
+        if (held := self._collected) and held.done and self._after(held.before, total).waits:
+            return held.before
+        before = self.step
+        self._learn(display, interrupt)
+        if self._collected is None:
+            self._collect(min(self.config.train.block_steps, total - before))
+        return before
+
+    def _after(self, before: int, total: int) -> After:
+        """The block that starts at `before` and ends here."""
+        train, is_last = self.config.train, self.step == total
+        looks = is_last or schedule.crosses(before, self.step, self.config.evaluate.interval_steps)
+        saves = is_last or schedule.crosses(before, self.step, train.checkpoint_interval)
+        return After(looks, saves, waits=looks or saves or not train.overlap)
 
     def _evaluated(self, records: Sequence[log.RunLog], display: Display) -> list[dict[str, float]]:
         try:
@@ -134,9 +185,9 @@ class Loop:
                 display.say(text)
                 record.event(text)
 
-    def _save_what_is_sound(self, display: Display) -> None:
+    def _save_what_is_sound(self, display: Display, interrupt: Interrupt) -> None:
         """A checkpoint, unless what would be in it is beyond repair."""
-        self._learn(display)
+        self._learn(display, interrupt)
         self._read()
         self.collector.settle()
         for run, is_finite in zip(self.runs, self.program.are_finite(self.state), strict=True):
@@ -146,27 +197,40 @@ class Loop:
             self._give_up_episodes(display)
         self.save()
 
-    def _learn(self, display: Display) -> None:
-        """Ask the device to learn from what was collected, if that is not done; it is not waited for.
+    def _learn(self, display: Display, interrupt: Interrupt) -> None:
+        """Ask the device to learn from what was collected, if that is not done; the last piece is not waited
+        for. A signal breaks it off after a piece.
 
         Where the collector fetches a policy first, that waits until the device is done with the block before,
         so that reading is free.
         """
-        if self._collected is None:
+        if (held := self._collected) is None:
             return
-        block, before, step = self._collected
-        self.collector.before_learning(self.state, step)
-        self._read()
-        due = self._due(before, step)
+        due = self._due(held.before, held.step)
+        if not held.done:
+            self.collector.before_learning(self.state, held.step)
+            self._read()
+            self._announce(due, display)
+        while not (held.done and interrupt.asked):
+            piece = due.piece(held.done)
+            self.state, metrics = self.program.learn(self.state, held.block, piece)
+            self._learning = Learning(metrics, piece, held.step)
+            self._check_traces()
+            held = held._replace(done=held.done + int(piece.updates))
+            self._collected = held if held.done < due.updates else None
+            if self._collected is None:
+                return
+            self._read()
+            display.learning(held.done, int(due.updates))
+
+    def _announce(self, due: Due, display: Display) -> None:
+        """To the person who waits: why nothing seems to happen."""
         if due.updates > due.updated == 0 and due.fits + due.updates > LONG_WORK:
             fits = f"{due.fits:,} minibatches for the model and " if due.fits else ""
             display.say(
                 f"learning begins: {fits}{due.updates:,} updates of the agent before the next step, which "
                 "can take minutes"
             )
-        self.state, metrics = self.program.learn(self.state, block, due)
-        self._collected, self._learning = None, Learning(metrics, due, step)
-        self._check_traces()
 
     def _check_traces(self) -> None:
         """Compiling again costs a minute here and there, which nobody would notice otherwise."""
@@ -205,8 +269,10 @@ class Loop:
         learning, self._learning = self._learning, None
         if learning is None or learning.due.updates == 0:
             return
+        due = learning.due
+        updates = int(due.updated + due.done + due.updates)
         for run, numbers in zip(self.runs, self.program.numbers(learning.metrics), strict=True):
-            run.note(numbers, learning.step, int(learning.due.fits))
+            run.note(numbers, learning.step, fits=int(due.fits), updates=updates)
 
     def _shown(self) -> dict[str, float | str]:
         """Means over the runs, of what every one of them knows."""
@@ -246,9 +312,10 @@ class Loop:
     def save(self) -> None:
         """A checkpoint of every run: copied here, and written while training goes on."""
         self.writer.wait()
-        frozen = {}
+        frozen, unfinished = {}, self._collected and self._collected.unfinished
         for i, (run, shelf) in enumerate(zip(self.runs, self._shelves, strict=True)):
-            progress = Progress(self.program.rest(self.state, i), self.collector.explorers[i])
+            rest, explorer = self.program.rest(self.state, i), self.collector.explorers[i]
+            progress = Progress(rest, explorer, unfinished)
             frozen[folders.checkpoints(run.folder)] = run.freeze(
                 progress, self.program.ring(self.state, i), shelf
             )

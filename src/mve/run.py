@@ -245,13 +245,13 @@ class Run:
 
     # Records
 
-    def note(self, numbers: Mapping[str, float], step: int, fits: int) -> None:
-        """What learning up to `step` said. A block that fits nothing says nothing of fits: the last fit's
-        word stands."""
+    def note(self, numbers: Mapping[str, float], step: int, *, fits: int, updates: int) -> None:
+        """What learning up to `step` said, `updates` of the agent in all. Where nothing is fitted, nothing
+        is said of fits: the last fit's word stands."""
         if what := divergence.not_finite(numbers, fits):
             raise self.diverged(f"{what} is not finite", step)
         said = {k: x for k, x in numbers.items() if fits or np.isfinite(x) or not k.startswith("model/")}
-        said["train/n_updates"] = float(schedule.updates_due(self.config, step))
+        said["train/n_updates"] = float(updates)
         said["mve/horizon"] = float(self.config.targets.imagined_steps)
         self.metrics |= said
         if exploding := self.watch.exploding(numbers, self.config, self.spec.action_size):

@@ -103,9 +103,8 @@ def _beside(
 def learn_together(learners: list[Learner], total_timesteps: int | None = None) -> list[Learner]:
     """Train learners that differ in the seed only for so many more steps, or to the end of their budget."""
     folder = learners[0].folder.parent
-    steps = {learner.num_timesteps for learner in learners}
-    if len(steps) > 1:
-        stand = ", ".join(f"{learner.folder.name} at {learner.num_timesteps}" for learner in learners)
+    if len({(learner.num_timesteps, learner.progress.unfinished) for learner in learners}) > 1:
+        stand = ", ".join(f"{learner.folder.name} at {_place(learner)}" for learner in learners)
         raise UserError(f"{folder}: its runs stand at different steps ({stand}); resume each alone")
     if any(replace(each.config, seed=0) != replace(learners[0].config, seed=0) for each in learners):
         raise UserError(f"{folder}: its runs differ in more than the seed; resume each alone")
@@ -121,6 +120,12 @@ def learn_together(learners: list[Learner], total_timesteps: int | None = None) 
             print(told, learners[0].room, sep="\n", file=sys.stderr)
         go_on(learners, folder)
     return learners
+
+
+def _place(learner: Learner) -> str:
+    """The step at which it stands, and how far it is with learning from it where that was broken off."""
+    unfinished = learner.progress.unfinished
+    return f"{learner.num_timesteps}" + (f" and {unfinished.done} updates" if unfinished else "")
 
 
 def _described(learners: Sequence[Learner]) -> str:

@@ -18,7 +18,7 @@ from mve.imagine import ImaginationConfig
 from mve.policies import Policy
 from mve.replay import Replay
 from mve.targets import Calibration, TargetsConfig, calibration
-from mve.types import Key, Known, StepFn
+from mve.types import Count, Key, Known, StepFn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +87,20 @@ class Capacity(NamedTuple):
     imagined: int = 0
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """Learning from a block of real steps, broken off between two updates."""
+
+    before: Count  # environment step at which the block starts
+    done: Count  # updates, of those that it is followed by
+
+
 class Progress(NamedTuple):
-    """Where a run stands between two blocks."""
+    """Where a run stands between two blocks, or in the middle of learning from one."""
 
     state: TrainState
     explorer: Policy | None = None  # collects the next block, where that is not the state's own policy
+    unfinished: Unfinished | None = None  # what comes before that block
 
 
 def initial_state(recipe: Recipe, capacity: Capacity, seed: int) -> TrainState:

@@ -44,6 +44,7 @@ State = TypeVar("State")
 LEARN, ACT = 0, 1  # the streams of random draws that start from a run's root key
 traces: Counter[Recipe] = Counter()  # how often `learn_block` has been traced: once a run, or it is slow
 ERROR_DEPTHS = (1, 3, 5)  # steps of the open-loop model error that is logged
+PIECE, LAST_PIECE = 100, 300  # updates of a block that are done in one call, and the last of them at most
 
 
 class Due(NamedTuple):
@@ -55,13 +56,27 @@ class Due(NamedTuple):
     rounds: Array  # of rollouts into the imagination buffer
     updates: Array  # of the agent
     updated: Array  # updates before this block
+    done: Array  # updates of this block done by earlier calls, which have seen to all that comes before them
 
     @classmethod
     def of(
         cls, *, rows: int, fits: int = 0, refits: int = 0, rounds: int = 0, updates: int = 0, updated: int = 0
     ) -> Due:
-        numbers = (rows, fits, refits, rounds, updates, updated)
+        numbers = (rows, fits, refits, rounds, updates, updated, 0)
         return cls(*(cast(Array, np.int32(n)) for n in numbers))
+
+    def piece(self, done: int) -> Due:
+        """What comes next of it once so many updates are done: where much is left, some of that.
+
+        It can be stopped between two pieces. Where they are cut depends on `updates` alone, and all pieces
+        together are what the whole would have been in one, but for the means that are its metrics; rollouts
+        that come every so many updates have to divide PIECE for that.
+        """
+        left = int(self.updates) - done
+        count = left if left <= LAST_PIECE else PIECE
+        piece = self._replace(updates=cast(Array, np.int32(count)), done=cast(Array, np.int32(done)))
+        nothing = cast(Array, np.int32(0))
+        return piece._replace(fits=nothing, refits=nothing, rounds=nothing) if done else piece
 
 
 def update_step(
@@ -190,31 +205,35 @@ def calibrate(state: TrainState, block: Transition, num_rows: Array, recipe: Rec
 def learn_block(state: TrainState, block: Transition, due: Due, recipe: Recipe) -> tuple[TrainState, Metrics]:
     """Judge the model on a block of real steps, remember it, then fit, imagine and update so many times.
 
-    The counts are traced, not static: the block that only remembers, the first fit and the steady state
-    are one compilation. Metrics are means over the repetitions.
+    The counts are traced, not static: the block that only remembers, the first fit, the steady state and
+    what goes on with a block in hand (`Due.piece`) are one compilation. Metrics are means over the
+    repetitions.
     """
     traces[recipe] += 1  # Python runs while JAX traces, and only then
+    is_new = due.done == 0
+    rows = jnp.where(is_new, due.rows, 0)
+    state = replace(state, num_env_steps=state.num_env_steps - (due.rows - rows))  # where the block starts
     keys = jax.random.split(_key_of_step(state, LEARN, state.num_env_steps), 4)
     fit_key, branch_key, update_key, replay_key = keys
     metrics: Metrics = {}
     if state.calibration is not None:
         # On a block that the model has not seen yet, and never before it was first fitted.
-        was_fitted = state.num_env_steps > recipe.dynamics.learning_starts
-        observed = calibrate(state, block, due.rows, recipe, replay_key)
-        known = jax.tree.map(partial(jnp.where, was_fitted), observed, state.calibration)
+        counts = is_new & (state.num_env_steps > recipe.dynamics.learning_starts)
+        observed = calibrate(state, block, rows, recipe, replay_key)
+        known = jax.tree.map(partial(jnp.where, counts), observed, state.calibration)
         state, metrics = replace(state, calibration=known), calibration.metrics(known)
 
     model, memory = state.model, state.replay
     if model is not None:
-        errors = dynamics.open_loop_error(model, block, due.rows, ERROR_DEPTHS)
-        metrics |= {f"model/mse_k{k}": error for k, error in errors.items()}
-        model = dynamics.observe(model, block, due.rows, recipe.dynamics)
-    memory = replay.add(memory, block, jnp.arange(block.reward.shape[0]) < due.rows)
+        errors = dynamics.open_loop_error(model, block, rows, ERROR_DEPTHS)
+        metrics |= {f"model/mse_k{k}": jnp.where(is_new, error, jnp.nan) for k, error in errors.items()}
+        model = dynamics.observe(model, block, rows, recipe.dynamics)
+    memory = replay.add(memory, block, jnp.arange(block.reward.shape[0]) < rows)
     if model is not None:
         sample_fn = partial(replay.sample, memory, recency=recipe.recency)
         model, fit_metrics = dynamics.fit(model, sample_fn, recipe.dynamics, due.fits, fit_key)
         metrics |= fit_metrics
-    agent = state.agent.observed(block, due.rows)
+    agent = state.agent.observed(block, rows)
     state = replace(state, replay=memory, model=model, agent=agent)
     state, update_metrics = improve(state, due, recipe, branch_key, update_key)
     return replace(state, num_env_steps=state.num_env_steps + due.rows), metrics | update_metrics
@@ -236,8 +255,8 @@ def improve(
     if recipe.agent.critic_updates:
         critic_key, update_key = jax.random.split(update_key)
         count = due.refits * recipe.agent.critic_updates
-        state, _ = updated(state, recipe, count, jnp.int32(0), critic_key, critics_only=True)
-    state, update_metrics = updated(state, recipe, due.updates, due.updated, update_key)
+        state, _ = updated(state, recipe, count, critic_key, critics_only=True)
+    state, update_metrics = updated(state, recipe, due.updates, update_key, before=due.updated, done=due.done)
     if state.imagined is not None:
         metrics["imagination/length"] = imagine.rollout_length(
             recipe.imagination, state.num_env_steps
@@ -247,15 +266,27 @@ def improve(
 
 
 def updated(
-    state: TrainState, recipe: Recipe, times: Array, before: Array, key: Key, *, critics_only: bool = False
+    state: TrainState,
+    recipe: Recipe,
+    times: Array,
+    key: Key,
+    *,
+    before: Array | int = 0,
+    done: Array | int = 0,
+    critics_only: bool = False,
 ) -> tuple[TrainState, Metrics]:
-    """So many updates, with rounds of rollouts among them if they come by updates; `before` came earlier."""
+    """So many updates, with rounds of rollouts among them if they come by updates.
+
+    `before` came with earlier keys, and `done` with this one.
+    """
     step = partial(update_step, recipe=recipe, critics_only=critics_only)
     every = recipe.imagination.interval_updates
     if state.imagined is None or not every:
         update = lambda agent, key: step(replace(state, agent=agent), key=key)  # noqa: E731
-        agent, metrics = _repeat(update, state.agent, times, key)
+        agent, metrics = _repeat(update, state.agent, times, key, first=done)
         return replace(state, agent=agent), metrics
+
+    end = done + times
 
     def leg(carry: tuple[Agent, Replay, Array, Metrics]) -> tuple[Agent, Replay, Array, Metrics]:
         agent, buffer, done, total = carry
@@ -263,7 +294,7 @@ def updated(
         here, since = replace(state, agent=agent), (before + done) % every
         fill = lambda buffer, key: experience.branch(replace(here, imagined=buffer), recipe, key)  # noqa: E731
         buffer, _ = _repeat(fill, buffer, (since == 0).astype(jnp.int32), fill_key)
-        count = jnp.minimum(every - since, times - done)
+        count = jnp.minimum(every - since, end - done)
         here = replace(here, imagined=buffer)
         update = lambda agent, key: step(replace(here, agent=agent), key=key)  # noqa: E731
         agent, metrics = _repeat(update, agent, count, leg_key)
@@ -271,8 +302,8 @@ def updated(
         return agent, buffer, done + count, jax.tree.map(lambda a, b: a + share * b, total, metrics)
 
     zeros = _zeros_like(jax.eval_shape(lambda key: step(state, key=key)[1], key))
-    start = (state.agent, state.imagined, jnp.int32(0), zeros)
-    agent, buffer, _, metrics = jax.lax.while_loop(lambda carry: carry[2] < times, leg, start)
+    start = (state.agent, state.imagined, jnp.asarray(done, jnp.int32), zeros)
+    agent, buffer, _, metrics = jax.lax.while_loop(lambda carry: carry[2] < end, leg, start)
     return replace(state, agent=agent, imagined=buffer), metrics
 
 
@@ -281,9 +312,13 @@ learn = jax.jit(learn_block, static_argnames="recipe", donate_argnames="state")
 
 
 def _repeat(
-    step: Callable[[State, Key], tuple[State, Metrics]], state: State, times: Array, key: Key
+    step: Callable[[State, Key], tuple[State, Metrics]],
+    state: State,
+    times: Array,
+    key: Key,
+    first: Array | int = 0,
 ) -> tuple[State, Metrics]:
-    """Apply `step` so many times, with a key for each; metrics are averaged over them."""
+    """Apply `step` so many times, with a key for each, numbered from `first`; metrics are averaged."""
     zeros = _zeros_like(jax.eval_shape(step, state, key)[1])
 
     def body(i: Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
@@ -291,7 +326,7 @@ def _repeat(
         state, metrics = step(state, jax.random.fold_in(key, i))
         return state, jax.tree.map(jnp.add, total, metrics)
 
-    state, total = jax.lax.fori_loop(0, times, body, (state, zeros))
+    state, total = jax.lax.fori_loop(first, first + times, body, (state, zeros))
     count = jnp.maximum(times, 1).astype(jnp.float32)
     return state, jax.tree.map(lambda m: m / count, total)
 

@@ -94,8 +94,8 @@ class Resume(OnRun):
         else:
             # Killed before its first checkpoint, it begins again: config.json says all that there is.
             learners = [self.load(quiet=self.quiet, which="newest" if newest(self.run_folder) else 0)]
-        done = learners[0].num_timesteps
-        if steps is None and done >= learners[0].config.train.total_steps:
+        done, unfinished = learners[0].num_timesteps, learners[0].progress.unfinished
+        if steps is None and done >= learners[0].config.train.total_steps and unfinished is None:
             raise UserError(f"{self.run_folder} has had all of its {done} steps; --steps N trains for N more")
         return _learn(learners[0], steps) if len(learners) == 1 else _learn_together(learners, steps)
 
