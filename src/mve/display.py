@@ -74,7 +74,7 @@ class Display:
         began, first = self._began
         text = f"{done:,} of {updates:,} updates"
         if done > first:
-            text += f", {_duration((now - began) / (done - first) * (updates - done))} left of them"
+            text += f", {_duration((now - began) / (done - first) * (updates - done))} more"
         if self._live:
             self._fields["learning"] = text
             self._live.update(self._live.task_ids[0], text=self._summary(self._marks[-1][1]))
