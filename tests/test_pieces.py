@@ -119,11 +119,7 @@ def test_pieces_together_are_the_whole(tmp_path: Path, algo: str, settings: tupl
     ],
 )
 def test_a_run_that_is_stopped_between_two_pieces_goes_on_to_the_same_end(
-    tmp_path: Path,
-    stop_at: Callable[[int], None],
-    monkeypatch: pytest.MonkeyPatch,
-    algo: str,
-    settings: tuple,
+    tmp_path: Path, stop_at: Callable[[int], None], algo: str, settings: tuple[str, ...]
 ) -> None:
     straight = learner(tmp_path / "straight", *settings, algo=algo).learn()
     stop_at(20)
@@ -195,9 +191,8 @@ def test_resume_finishes_a_run_that_was_stopped_after_its_last_step(
     assert main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
     assert "evaluation" in capsys.readouterr().out
     records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [
-        (json.loads(each)["time/total_timesteps"], json.loads(each)["train/n_updates"]) for each in records
-    ] == [(80, 45)]
+    said = [json.loads(each) for each in records]
+    assert [(each["time/total_timesteps"], each["train/n_updates"]) for each in said] == [(80, 45)]
     assert main(["resume", str(tmp_path / "run"), "--quiet"]) == 2
 
 
