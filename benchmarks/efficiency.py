@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
+# What is stopped early has to begin as what it stands beside did, not after a fifth of its own steps.
+STARTS = ("train.learning_starts", "train.initial_updates", "dynamics.learning_starts")
 EVALUATIONS = ("evaluate.interval_steps=5000", "evaluate.episodes=10")
 
 
@@ -77,6 +79,8 @@ VARIANTS = {
     "fewer-fits": Variant("mve-svg", FEWER_FITS),
     "model-unbounded": Variant("mve-svg", BEFORE),
     "gamma-0.99": Variant("mve-svg", (*BEFORE, "targets.discount=0.99")),
+    "no-expansion": Variant("mve-svg", ("targets.estimator=lambda", "targets.trace_decay=0")),
+    "no-value-gradients": Variant("mve-svg", ("agent.model_steps=0",)),
     "no-real-rows": Variant("mve-svg", ("imagination.real_share=0", *NO_SUMS)),
     "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),
     "uniform-replay": Variant("mve-svg", ("replay.recency=1",)),
@@ -122,7 +126,7 @@ class Job(NamedTuple):
         return f"{self.task} {self.variant} {named}"
 
 
-def command(job: Job, root: Path, steps: int) -> list[str] | None:
+def command(job: Job, root: Path, steps: int, learning_starts: int | None = None) -> list[str] | None:
     """What starts the program, or goes on with it; None if its runs have had their steps."""
     from mve.folders import seeds_of
 
@@ -136,7 +140,8 @@ def command(job: Job, root: Path, steps: int) -> list[str] | None:
     variant = VARIANTS[job.variant]
     seeds = ["--seed" if len(job.seeds) == 1 else "--seeds", ",".join(map(str, job.seeds))]
     run = ["train", job.task, "--algo", variant.algo, *seeds, "--steps", str(steps)]
-    return [*mve, *run, "--run-dir", str(folder), "--quiet", "--set", *EVALUATIONS, *variant.settings]
+    starts = [f"{name}={learning_starts}" for name in STARTS if learning_starts and variant.algo == "mve-svg"]
+    return [*mve, *run, "--run-dir", str(folder), "--quiet", "--set", *EVALUATIONS, *starts, *variant.settings]
 
 
 def other_seeds(job: Job, root: Path) -> list[str]:
@@ -153,7 +158,14 @@ def _steps_of(run: Path) -> int:
     return max(saved_steps(run / "checkpoints"), default=0)
 
 
-def train(root: Path, jobs: Sequence[Job], steps: int, *, together: bool = False) -> int:
+def train(
+    root: Path,
+    jobs: Sequence[Job],
+    steps: int,
+    *,
+    learning_starts: int | None = None,
+    together: bool = False,
+) -> int:
     """Every job in its turn, one for each core, or `together` one that has all cores; how many failed."""
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
@@ -166,7 +178,7 @@ def train(root: Path, jobs: Sequence[Job], steps: int, *, together: bool = False
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
-            if (asked := command(job, root, steps)) is None:
+            if (asked := command(job, root, steps, learning_starts)) is None:
                 continue
             folder = job.folder(root)
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -323,6 +335,12 @@ def main(argv: list[str] | None = None) -> int:
     training.add_argument("--variants", nargs="+", choices=VARIANTS, default=["flagship"])
     training.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     training.add_argument("--steps", type=int, default=25_000)
+    training.add_argument(
+        "--learning-starts",
+        type=int,
+        metavar="STEP",
+        help="where new runs of the flagship begin to learn (as early as --steps has them)",
+    )
     training.add_argument("--together", action="store_true", help="all seeds of a task in one program")
     reporting = commands.add_parser("report", help="write CSV and tables")
     reporting.add_argument("folder", type=Path)
@@ -355,7 +373,14 @@ def start(options: argparse.Namespace) -> int:
     for job in jobs:
         if begun := other_seeds(job, options.folder):
             raise UserError(f"{job}: {job.folder(options.folder)} has {' '.join(begun)}; ask for those")
-    return int(train(options.folder, jobs, options.steps, together=options.together) > 0)
+    failed = train(
+        options.folder,
+        jobs,
+        options.steps,
+        learning_starts=options.learning_starts,
+        together=options.together,
+    )
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
