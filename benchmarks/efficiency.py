@@ -80,6 +80,7 @@ VARIANTS = {
     "model-unbounded": Variant("mve-svg", BEFORE),
     "gamma-0.99": Variant("mve-svg", (*BEFORE, "targets.discount=0.99")),
     "no-expansion": Variant("mve-svg", ("targets.estimator=lambda", "targets.trace_decay=0")),
+    "calibrated": Variant("mve-svg", ("targets.estimator=calibrated", "targets.horizon_steps=3")),
     "no-value-gradients": Variant("mve-svg", ("agent.model_steps=0",)),
     "no-real-rows": Variant("mve-svg", ("imagination.real_share=0", *NO_SUMS)),
     "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),
@@ -230,7 +231,7 @@ def report(root: Path, options: argparse.Namespace) -> int:
     at = options.at or compare.common_steps(presets or curves)
     parts = [markdown(compare.HEADER, compare.table([*presets, *published], at))]
     if changed:
-        parts.append(markdown(*ablations(curves, options.ablations_at or max(at))))
+        parts += [markdown(*ablations(curves, step)) for step in options.ablations_at or [max(at)]]
     spent = with_others(options.times_csv, times(folders))
     text = "\n\n".join([*parts, markdown(TIMES, spent)])
     print(text)
@@ -264,8 +265,8 @@ def with_others(path: Path | None, fresh: Sequence[tuple[str, ...]]) -> list[tup
 
 
 def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows: the flagship, and it or a preset with a setting changed; each seed's return at a step,
-    by task."""
+    """Header and rows: the flagship, and it or a preset with a setting changed, where they have come to a step;
+    each seed's return there, by task."""
     from mve import compare
 
     tasks = list(dict.fromkeys(curve.env for curve in curves))
@@ -273,14 +274,14 @@ def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list
         (task, name): f"{middle}: {seeds.replace(' ', ', ')}"
         for task, name, _, _, middle, _, _, seeds in compare.table(curves, [step])
     }
-    run = {curve.algo for curve in curves}
+    run = {algo for _, algo in cells}
     rows: list[tuple[str, ...]] = []
     above = VARIANTS[FLAGSHIP]
     for name, variant in VARIANTS.items():
         if name == FLAGSHIP or (variant.settings and name in run):
-            rows.append((changes(variant, above), *(cells.get((task, name), "") for task in tasks)))
+            rows.append((name, changes(variant, above), *(cells.get((task, name), "") for task in tasks)))
             above = variant
-    return (f"changed; IQM [95 %]: every seed, at {step}", *tasks), rows
+    return (f"at {step}", "changed", *(f"{task}: IQM [95 %]: every seed" for task in tasks)), rows
 
 
 def changes(variant: Variant, above: Variant) -> str:
@@ -345,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     reporting = commands.add_parser("report", help="write CSV and tables")
     reporting.add_argument("folder", type=Path)
     reporting.add_argument("--at", nargs="+", type=int, help="steps of the table (the last that all reached)")
-    reporting.add_argument("--ablations-at", type=int, help="step of their table (the last of --at)")
+    reporting.add_argument("--ablations-at", nargs="+", type=int, help="a table each (the last of --at)")
     reporting.add_argument("--published", type=Path, default=ROOT / "results" / "published.csv")
     reporting.add_argument("--against", nargs="+", default=["DHMBPO", "MBPO", "MACURA", "DR.Q", "FlashSAC"])
     reporting.add_argument("--csv", type=Path, help="where the presets' evaluations are to go")

@@ -319,6 +319,17 @@ def test_an_evidence_run_is_started_gone_on_with_or_left_alone(
     assert efficiency.command(job, tmp_path, 400) is None
 
 
+def test_an_ablation_that_stops_early_begins_as_the_flagship_does(bench: Loaded, tmp_path: Path) -> None:
+    efficiency = bench["efficiency"]
+    job = efficiency.Job("Pendulum-v1", "uniform-replay", (3,))
+    asked = efficiency.command(job, tmp_path, 600, learning_starts=500)
+    begun = [f"{name}=500" for name in efficiency.STARTS]
+    assert asked[asked.index("--set") + 1 :] == [*efficiency.EVALUATIONS, *begun, "replay.recency=1"]
+    assert efficiency.STARTS[0] + "=500" not in efficiency.command(job, tmp_path, 600)
+    rival = efficiency.Job("Pendulum-v1", "dhmbpo", (3,))  # has its own
+    assert efficiency.command(rival, tmp_path, 600, 500) == efficiency.command(rival, tmp_path, 600)
+
+
 def test_seeds_of_one_program_leave_the_folders_of_runs_of_their_own(
     bench: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,12 +399,12 @@ def test_evidence_is_told_beside_what_was_published(
     assert rows[0].startswith("| Task-v1 | flagship | 100 | 2 | 20 [10, 30] | 20 | 20 | 10 30 |")
     assert rows[1].startswith("| Task-v1 | Rival | 100 | 1 | 15 ")
     assert rows[3] == "| Task-v1 | flagship | 2 | 100 | 2.0 | 1200.0 | A GPU |"
-    changes = told.index("| changed; IQM [95 %]: every seed, at 100 | Task-v1 |")
+    changes = told.index("| at 100 | changed | Task-v1: IQM [95 %]: every seed |")
     assert told[changes + 2 : changes + 6] == [
-        "| nothing | 20 [10, 30]: 10, 30 |",
-        "| agent.hidden=[8] | 5: 5 |",
-        "| that above, and agent.batch_size=8 | 4: 4 |",
-        "| td3, and agent.hidden=[8] | 3: 3 |",
+        "| flagship | nothing | 20 [10, 30]: 10, 30 |",
+        "| small | agent.hidden=[8] | 5: 5 |",
+        "| few | that above, and agent.batch_size=8 | 4: 4 |",
+        "| td3-small | td3, and agent.hidden=[8] | 3: 3 |",
     ]
     # The row above is of another preset, or of the same.
     assert efficiency.changes(further, variants["td3-small"]) == "agent.hidden=[8] agent.batch_size=8"
@@ -421,6 +432,16 @@ def test_evidence_is_told_beside_what_was_published(
     assert [line for line in again if "flagship" in line] == [line for line in told if "flagship" in line]
     both = (tmp_path / "changed.csv").read_text().splitlines()[1:]
     assert both == [kept, "gym,Task-v1,small,7,100,5.00,mve:1", other]
+
+    # A table for every step that is asked for, of those alone that have come so far.
+    more = "step,episode,return,length\n100,0,5,5\n200,0,6,5\n"
+    (run / "evaluations.csv").write_text(more)
+    assert efficiency.main([*asked, "--ablations-at", "100", "200"]) == 0
+    at_both = capsys.readouterr().out.splitlines()
+    assert at_both[changes : changes + 6] == again[changes : changes + 6]
+    later = at_both.index("| at 200 | changed | Task-v1: IQM [95 %]: every seed |")
+    assert at_both[later + 2 : later + 5] == ["| flagship | nothing |  |", "| small | agent.hidden=[8] | 6: 6 |", ""]
+
     with (tmp_path / "changed.csv").open("a") as file:
         file.write("gym,Task-v1,unheard-of,0,100,5.00,mve:1\n")
     assert efficiency.main(asked) == 2
