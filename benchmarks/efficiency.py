@@ -141,8 +141,10 @@ def command(job: Job, root: Path, steps: int, learning_starts: int | None = None
     variant = VARIANTS[job.variant]
     seeds = ["--seed" if len(job.seeds) == 1 else "--seeds", ",".join(map(str, job.seeds))]
     run = ["train", job.task, "--algo", variant.algo, *seeds, "--steps", str(steps)]
-    starts = [f"{name}={learning_starts}" for name in STARTS if learning_starts and variant.algo == "mve-svg"]
-    return [*mve, *run, "--run-dir", str(folder), "--quiet", "--set", *EVALUATIONS, *starts, *variant.settings]
+    settings = list(EVALUATIONS)
+    if learning_starts is not None and variant.algo == VARIANTS[FLAGSHIP].algo:
+        settings += [f"{name}={learning_starts}" for name in STARTS]
+    return [*mve, *run, "--run-dir", str(folder), "--quiet", "--set", *settings, *variant.settings]
 
 
 def other_seeds(job: Job, root: Path) -> list[str]:
@@ -265,8 +267,8 @@ def with_others(path: Path | None, fresh: Sequence[tuple[str, ...]]) -> list[tup
 
 
 def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows: the flagship, and it or a preset with a setting changed, where they have come to a step;
-    each seed's return there, by task."""
+    """Header and rows: the flagship, and it or a preset with a setting changed, where they have come so far;
+    each seed's return at the step, by task."""
     from mve import compare
 
     tasks = list(dict.fromkeys(curve.env for curve in curves))

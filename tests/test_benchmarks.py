@@ -440,7 +440,11 @@ def test_evidence_is_told_beside_what_was_published(
     at_both = capsys.readouterr().out.splitlines()
     assert at_both[changes : changes + 6] == again[changes : changes + 6]
     later = at_both.index("| at 200 | changed | Task-v1: IQM [95 %]: every seed |")
-    assert at_both[later + 2 : later + 5] == ["| flagship | nothing |  |", "| small | agent.hidden=[8] | 6: 6 |", ""]
+    assert at_both[later + 2 : later + 5] == [
+        "| flagship | nothing |  |",
+        "| small | agent.hidden=[8] | 6: 6 |",
+        "",
+    ]
 
     with (tmp_path / "changed.csv").open("a") as file:
         file.write("gym,Task-v1,unheard-of,0,100,5.00,mve:1\n")

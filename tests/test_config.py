@@ -55,6 +55,22 @@ def test_the_paper_preset_is_the_paper(task: str, horizon: int) -> None:
     assert built.env.kwargs == {"exclude_current_positions_from_observation": False}
 
 
+def test_dhmbpo_is_the_published_method_and_refit_its_cheaper_relative() -> None:
+    published, refit = (build("HalfCheetah-v5", algo) for algo in ("dhmbpo", "dhmbpo-refit"))
+    assert published.agent.critics == 5
+    assert published.agent.model_steps == 5
+    assert published.agent.reset_optimisers
+    assert published.dynamics.interval_steps == 1000
+    assert refit.agent.model_steps == 3
+    assert not refit.agent.reset_optimisers
+    assert refit.dynamics.interval_steps == 250
+    for built in (published, refit):
+        assert built.agent.model_steps == built.targets.horizon_steps + 1
+        assert built.dynamics.members == 8
+        assert built.train.learning_starts == 5000
+    assert "refit" in PRESETS["dhmbpo-refit"].summary
+
+
 @pytest.mark.parametrize(
     ("task", "actor_rate", "critic_rate", "target_rate"),
     [

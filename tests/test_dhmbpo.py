@@ -12,16 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mve import agents, dynamics, experience, imagine, replay, schedule, targets, train
+from mve import agents, dynamics, experience, imagine, replay, targets, train
 from mve.agents import AGENTS, Agent, values
 from mve.agents.base import action_values
 from mve.agents.sac import SAC, SACConfig
 from mve.agents.values import ValueBounds
-from mve.config import build
 from mve.dynamics import DynamicsConfig
 from mve.imagine import ImaginationConfig
 from mve.networks import MLP, standardise
-from mve.presets import PRESETS
 from mve.program import Together
 from mve.state import Capacity, Recipe, TrainState, initial_state
 from mve.targets import TargetsConfig
@@ -555,7 +553,7 @@ def test_a_rollout_is_shared_only_where_both_want_the_same(change: dict) -> None
     assert not replace(recipe(), **change).shares_rollout
 
 
-# --- Schedule ---
+# --- Rounds, critic updates and resets among the updates ---
 
 
 @pytest.mark.slow
@@ -599,88 +597,3 @@ def test_seeds_side_by_side_have_their_rounds_and_critic_updates_as_alone() -> N
     assert int(mine.imagined.size) == int(alone.imagined.size) > 0  # pyright: ignore
     for a, b in zip(jax.tree.leaves(mine.agent), jax.tree.leaves(alone.agent), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-
-
-def test_refits_are_counted_from_when_the_agent_learns() -> None:
-    config = build("HalfCheetah-v5", "dhmbpo")
-    steps = (0, 5000, 5001, 5999, 6000, 7000)
-    assert [schedule.refits_due(config, step) for step in steps] == [0, 0, 1, 1, 2, 3]
-    # Five times as many to begin with, as in its authors' code: from then on as many updates as steps.
-    assert [schedule.updates_due(config, step) for step in steps] == [0, 0, 5001, 5999, 6000, 7000]
-    assert {schedule.rounds_due(config, step) for step in steps} == {0}
-    early = build("HalfCheetah-v5", "dhmbpo", ["dynamics.learning_starts=1000"])
-    assert [schedule.refits_due(early, step) for step in steps] == [0, 0, 1, 1, 2, 3]
-    steady = build("HalfCheetah-v5", "mve-sac")
-    assert [schedule.refits_due(steady, step) for step in (1000, 1001, 9000)] == [0, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("limit", "discount"), [(None, 0.995), (50, 0.95), (200, 0.975), (1000, 0.995), (5000, 0.995)]
-)
-def test_the_discount_may_come_from_the_episodes_length(limit: int | None, discount: float) -> None:
-    """(L/5 - 1)/(L/5) within 0.95 and 0.995: 0.9, 39/40, 199/200, 999/1000."""
-    config = schedule.with_budgets(build("Pendulum-v1", "sac", ["targets.discount=episode"]), limit)
-    np.testing.assert_allclose(config.targets.discount, discount)
-    assert schedule.with_budgets(config, None) == config
-    plain = build("Pendulum-v1", "sac", ["targets.discount=0.5"])
-    assert schedule.with_budgets(plain, limit).targets.discount == 0.5
-
-
-# --- The model's weight decay ---
-
-
-def test_the_warm_up_is_a_fifth_of_the_budget_if_so_wanted() -> None:
-    settings = [f"{name}=auto" for name in ("train.learning_starts", "train.initial_updates")]
-    asked = build("Pendulum-v1", "sac", [*settings, "dynamics.learning_starts=auto"])
-    for budget, starts in ((5000, 1000), (25_000, 5000), (1_000_000, 5000)):
-        of_budget = replace(asked, train=replace(asked.train, total_steps=budget))
-        built = schedule.with_budgets(of_budget, 200)
-        assert (built.train.learning_starts, built.train.initial_updates) == (starts, starts)
-        assert built.dynamics.learning_starts == starts
-        assert schedule.with_budgets(built, 200) == built
-
-
-def test_a_run_is_saved_as_often_as_it_is_judged() -> None:
-    """So that little is lost of a short one, and what was judged best is there; every 5000 steps at least."""
-    asked = build("Pendulum-v1", "sac", [])
-    for budget, looks, saves in ((5000, 0, 1000), (200_000, 0, 5000), (5000, 300, 300), (20_000, 7000, 5000)):
-        evaluate = replace(asked.evaluate, interval_steps=looks)
-        of_budget = replace(asked, train=replace(asked.train, total_steps=budget), evaluate=evaluate)
-        assert schedule.with_budgets(of_budget, 200).train.checkpoint_interval == saves
-    own = build("Pendulum-v1", "sac", ["train.checkpoint_interval=70"])
-    assert schedule.with_budgets(own, 200).train.checkpoint_interval == 70
-
-
-def test_weights_decay_by_layer() -> None:
-    config = DynamicsConfig(
-        hidden=(4,), members=2, weight_decay=0.5, weight_decay_by_layer=(0.25, 1.0), learning_rate=0.1
-    )
-    model = dynamics.init(config, Known(), OBS, ACTION, jax.random.key(0))
-    still: Any = jax.tree.map(jnp.zeros_like, model.nets)
-    update, _ = dynamics.ensemble.optimiser(config).update(still, model.opt_state, model.nets)  # pyright: ignore
-    nets: Any = model.nets
-    for layer, share in ((0, 0.25), (1, 1.0)):
-        expected = -0.05 * share * nets[0].layers[layer].weight
-        np.testing.assert_allclose(update[0].layers[layer].weight, expected, rtol=1e-5)
-    np.testing.assert_allclose(update[1].layers[0].weight, -0.05 * nets[1].layers[0].weight, rtol=1e-5)
-    with pytest.raises(UserError, match="3 factors for 2 layers"):
-        DynamicsConfig(hidden=(4,), weight_decay_by_layer=(1.0, 1.0, 1.0))
-
-
-# --- The presets ---
-
-
-def test_the_preset_is_the_published_method_and_refit_its_cheaper_relative() -> None:
-    published, refit = (build("HalfCheetah-v5", algo) for algo in ("dhmbpo", "dhmbpo-refit"))
-    assert published.agent.critics == 5
-    assert published.agent.model_steps == 5
-    assert published.agent.reset_optimisers
-    assert published.dynamics.interval_steps == 1000
-    assert refit.agent.model_steps == 3
-    assert not refit.agent.reset_optimisers
-    assert refit.dynamics.interval_steps == 250
-    for config in (published, refit):
-        assert config.agent.model_steps == config.targets.horizon_steps + 1
-        assert config.dynamics.members == 8
-        assert config.train.learning_starts == 5000
-    assert "refit" in PRESETS["dhmbpo-refit"].summary

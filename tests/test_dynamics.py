@@ -21,7 +21,7 @@ from environments import LinearSystem, linear_system
 from mve import dynamics, imagine, targets
 from mve.dynamics import Dynamics, DynamicsConfig, Normaliser
 from mve.targets import TargetsConfig
-from mve.types import EstimatorFns, Known, Transition
+from mve.types import EstimatorFns, Known, Transition, UserError
 
 CONFIG = DynamicsConfig(hidden=(64,), members=3, learning_rate=3e-3, batch_size=128)
 LEARNED = Known()
@@ -371,3 +371,19 @@ def oracle(system: LinearSystem, start: jax.Array, horizon: int) -> imagine.Imag
 
 def exact(system: LinearSystem) -> Callable[[jax.Array], jax.Array]:
     return lambda obs: system.value(obs)[None]
+
+
+def test_weights_decay_by_layer() -> None:
+    config = DynamicsConfig(
+        hidden=(4,), members=2, weight_decay=0.5, weight_decay_by_layer=(0.25, 1.0), learning_rate=0.1
+    )
+    model = dynamics.init(config, Known(), 3, 2, jax.random.key(0))
+    still: Any = jax.tree.map(jnp.zeros_like, model.nets)
+    update, _ = dynamics.ensemble.optimiser(config).update(still, model.opt_state, model.nets)  # pyright: ignore
+    nets: Any = model.nets
+    for layer, share in ((0, 0.25), (1, 1.0)):
+        expected = -0.05 * share * nets[0].layers[layer].weight
+        np.testing.assert_allclose(update[0].layers[layer].weight, expected, rtol=1e-5)
+    np.testing.assert_allclose(update[1].layers[0].weight, -0.05 * nets[1].layers[0].weight, rtol=1e-5)
+    with pytest.raises(UserError, match="3 factors for 2 layers"):
+        DynamicsConfig(hidden=(4,), weight_decay_by_layer=(1.0, 1.0, 1.0))
