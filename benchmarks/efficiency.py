@@ -71,6 +71,7 @@ VARIANTS = {
     "falling-rate": Variant("mve-svg", NO_SUMS),
     "three-real-steps": Variant("mve-svg", ("targets.n_step=3", "targets.n_step_drawn=false")),
     "eight-real-steps": Variant("mve-svg", ("targets.n_step_drawn=false",)),
+    "no-warm-up-sums": Variant("mve-svg", ("targets.n_step_within=1000000",)),
     "recent-sums": Variant("mve-svg", RECENT_SUMS),
     "wide-bounds": Variant("mve-svg", WIDE_BOUNDS),
     "recent-sums-wide-bounds": Variant("mve-svg", (*RECENT_SUMS, *WIDE_BOUNDS)),
