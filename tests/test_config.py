@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mve import config
+from mve import config, schedule
 from mve.agents import AGENTS
 from mve.agents.sac import SACConfig
 from mve.config import Config, build, from_json, to_json
@@ -90,6 +90,15 @@ def test_the_repo2018_preset_is_the_authors_last_settings(
     assert built.agent.actor_learning_rate == actor_rate
     assert built.agent.critic_learning_rate == critic_rate
     assert built.agent.target_rate == target_rate
+
+
+@pytest.mark.parametrize("algo", PRESETS)
+@pytest.mark.parametrize("word", ["targets.estimator=one_step", "targets.horizon_steps=0"])
+def test_expansion_can_be_switched_off_by_one_word_in_every_preset(algo: str, word: str) -> None:
+    task = "CartPole-v1" if "dqn" in algo else "HalfCheetah-v5"
+    built = schedule.with_budgets(build(task, algo, [word, "train.total_steps=20000"]), 1000)
+    schedule.check(built, fits_model=True)
+    assert built.targets.imagined_steps == 0
 
 
 @pytest.mark.parametrize("learner", ["ddpg", "td3", "sac", "dqn"])

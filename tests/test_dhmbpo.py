@@ -497,6 +497,57 @@ def test_real_steps_are_expanded_by_the_whole_of_the_rollouts_that_start_where_t
     np.testing.assert_allclose(rows.horizon_weight, [0, 0, 5 / 8, 3 / 8], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"estimator": "one_step"},
+        {"estimator": "mve", "horizon_steps": 0},
+        {"estimator": "mve_tdk", "horizon_steps": 0},
+        {"estimator": "lambda", "trace_decay": 0.0},
+    ],
+)
+def test_the_actor_may_go_on_where_targets_are_not_expanded(nothing: dict[str, Any]) -> None:
+    """y = r + g c V(s') of real and imagined rows alike, though the rollout goes on for the actor's sake, and
+    what its steps earn sets the bounds of values."""
+    ours = mixed(0.4)
+    plain = replace(ours, targets=replace(ours.targets, **nothing))
+    assert plain.shares_rollout
+    state = remembering(plain)
+    shared = experience.imagine_once(state, plain, jax.random.key(8))
+    rows = train.shared_targets(shared, state, plain.targets, jax.random.key(9))
+    real, whole = shared.real, shared.whole
+    assert real is not None
+    assert whole.reward.shape[0] == LENGTH
+    real_key, imagined_key = jax.random.split(jax.random.key(9))
+    of_real = jnp.min(state.agent.target_value(whole.obs[0, :3], real_key), axis=0)
+    np.testing.assert_allclose(rows.value[:3], real.reward + 0.9 * real.continuation * of_real, rtol=1e-5)
+    of_imagined = jnp.min(state.agent.target_value(whole.obs[1, 3:], imagined_key), axis=0)
+    by_hand = whole.reward[0, 3:] + 0.9 * whole.continuation[0, 3:] * of_imagined
+    np.testing.assert_allclose(rows.value[3:], by_hand, rtol=1e-5)
+    told, known = (train.told_gains(state, one, shared.first, shared.later) for one in (plain, ours))
+    assert same(told.agent, known.agent)
+
+
+def test_targets_may_be_expanded_by_fewer_steps_than_the_actor_takes() -> None:
+    """H = 1 in a rollout of three: real rows by two of its steps, its own first steps by one."""
+    ours = mixed(0.4)
+    ours = replace(ours, targets=replace(ours.targets, horizon_steps=1))
+    assert ours.shares_rollout
+    state = remembering(ours)
+    shared = experience.imagine_once(state, ours, jax.random.key(8))
+    rows = train.shared_targets(shared, state, ours.targets, jax.random.key(9))
+    real_key, imagined_key = jax.random.split(jax.random.key(9))
+    value_of = lambda obs, key: jnp.min(state.agent.target_value(obs, key), axis=0)  # noqa: E731
+    r, c, b = shared.whole.reward, shared.whole.continuation, shared.whole.bonus
+    real, obs = shared.real, shared.whole.obs
+    assert real is not None
+    second = (r[1] + b[1])[:3] + 0.9 * c[1, :3] * value_of(obs[2, :3], real_key)
+    soft = (r[0] + b[0])[:3] + 0.9 * c[0, :3] * second
+    np.testing.assert_allclose(rows.value[:3], real.reward + 0.9 * real.continuation * soft, rtol=1e-5)
+    second = (r[1] + b[1])[3:] + 0.9 * c[1, 3:] * value_of(obs[2, 3:], imagined_key)
+    np.testing.assert_allclose(rows.value[3:], r[0, 3:] + 0.9 * c[0, 3:] * second, rtol=1e-5)
+
+
 def test_nothing_is_imagined_from_the_last_state_of_an_episode() -> None:
     """Three rows of four ended there: what they earned is all of their target, and the actor is not asked
     what to do in a state where nobody acts."""
@@ -541,7 +592,7 @@ def test_every_estimator_of_fixed_weights_may_share_a_rollout(estimator: str, sh
 @pytest.mark.parametrize(
     "change",
     [
-        {"agent": SACConfig(model_steps=LENGTH + 1)},
+        {"agent": SACConfig(model_steps=LENGTH - 1)},
         {"agent": AGENTS["td3"][0](model_steps=LENGTH)},
         {"imagination": replace(recipe().imagination, real_share=0.1, mixed_by="update")},
         {"imagination": replace(recipe().imagination, first_step="stored")},

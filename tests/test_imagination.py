@@ -156,7 +156,8 @@ def test_several_real_steps_ask_for_real_rows_and_for_nobody_else_who_sums_them(
     several = ["targets.n_step=3", "train.total_steps=9000"]
 
     def check(algo: str, *settings: str) -> None:
-        schedule.check(build("Hopper-v4", algo, [*several, *settings]), fits_model=True)
+        built = schedule.with_budgets(build("Hopper-v4", algo, [*several, *settings]), 1000)
+        schedule.check(built, fits_model=True)
 
     for algo in ("mve-sac", "mbpo", "td3"):
         check(algo)
@@ -166,6 +167,10 @@ def test_several_real_steps_ask_for_real_rows_and_for_nobody_else_who_sums_them(
         check("dhmbpo")
     with pytest.raises(UserError, match="what single steps earn"):
         check("sac", "agent.value_bounds_rate=3e-4")
+    # Rollouts that the actor takes of the policy's own first actions say it, expanded or not.
+    check("mve-svg", "targets.estimator=one_step")
+    with pytest.raises(UserError, match="what single steps earn"):
+        check("mve-svg", "targets.estimator=one_step", "agent.model_steps=0")
     check("td3", "targets.n_step_drawn=true")
     with pytest.raises(UserError, match="which is 1"):
         check("td3", "targets.n_step=1", "targets.n_step_drawn=true")

@@ -107,6 +107,11 @@ def as_transition(imagined: Imagined, start: Transition) -> Transition:
     )
 
 
+def first_steps(imagined: Imagined, count: int) -> Imagined:
+    """A shorter rollout, from the same states."""
+    return Imagined(imagined.obs[: count + 1], *(x[:count] for x in imagined[1:]))
+
+
 def after_first(imagined: Imagined) -> Imagined:
     """What follows the first step of a rollout: a rollout from the states that it led to."""
     return jax.tree.map(lambda x: x[1:], imagined)

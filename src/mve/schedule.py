@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from mve.agents import AGENTS
 from mve.config import Config
+from mve.state import shares_rollout
 from mve.types import UserError
 
 EPISODES_IN_BUDGET, BUDGET_WITHOUT_LIMIT = 25, 25_000
@@ -140,7 +141,8 @@ def _check_n_step(config: Config) -> None:
             f"{asked} sums real steps, and imagination.real_share = 0 leaves none to learn from; "
             "set targets.n_step=1, or a share above 0"
         )
-    if config.agent.scales_values and not targets.imagined_steps:
+    shared = shares_rollout(config.agent, targets, imagination)
+    if config.agent.scales_values and not (targets.imagined_steps or shared):
         raise UserError(
             f"{asked}, and agent.value_bounds_rate asks what single steps earn, which imagined ones say, and "
             "there are none; set agent.value_bounds_rate=0, or have some imagined (targets.estimator=mve)"

@@ -42,17 +42,8 @@ class Recipe:
 
     @property
     def shares_rollout(self) -> bool:
-        """Whether the critic's targets and the actor's objective are of the same imagined steps, made once:
-        the same policy takes as many in both, and the first of them is imagined for both. Rows of real
-        steps are expanded by all of them, from the state that they led to."""
-        imagined = self.imagination.starts > 0 and self.imagination.first_step == "imagined"
-        return (
-            imagined
-            and (self.imagination.real_share == 0 or self.imagination.mixed_by == "row")
-            and self.agent.targets_by_current_actor
-            and self.agent.model_steps == 1 + self.targets.imagined_steps
-            and not (self.targets.keeps_members or self.targets.reads_segments)
-        )
+        """Whether the critic's targets and the actor's objective are of the same imagined steps."""
+        return shares_rollout(self.agent, self.targets, self.imagination)
 
     @property
     def real_rows(self) -> int:
@@ -62,6 +53,23 @@ class Recipe:
     @property
     def fits_model(self) -> bool:
         return self.uses_model and self.simulator is None
+
+
+def shares_rollout(agent: AgentConfig, targets: TargetsConfig, imagination: ImaginationConfig) -> bool:
+    """Whether one rollout serves critic and actor: the same policy takes the steps of both, the first of them
+    is imagined for both, and the actor wants as many as the critic's targets, if not more.
+
+    Targets of the rollout's own first actions are expanded by `targets.horizon_steps` that follow, those of
+    real rows by one more, from the state that they led to; without a horizon, by none.
+    """
+    imagined = imagination.starts > 0 and imagination.first_step == "imagined"
+    return (
+        imagined
+        and (imagination.real_share == 0 or imagination.mixed_by == "row")
+        and agent.targets_by_current_actor
+        and agent.model_steps >= 1 + targets.imagined_steps
+        and not (targets.keeps_members or targets.reads_segments)
+    )
 
 
 class TrainState(eqx.Module):

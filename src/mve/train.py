@@ -106,18 +106,22 @@ def update_step(
 
 
 def shared_targets(shared: Shared, state: TrainState, config: TargetsConfig, key: Key) -> CriticTargets:
-    """The rows of a shared rollout, as many as it has starts: real steps, expanded by all that follows, and
-    from the other starts the rollout's own first steps, expanded by the rest."""
+    """The rows of a shared rollout, as many as it has starts: the real steps that led to some, and from
+    the others the rollout's own first steps. These are expanded by the estimator's horizon, real ones by a
+    step more: both are made of as many imagined steps."""
+    horizon = config.imagined_steps
+    ahead = imagine.first_steps(shared.later, horizon)
     if shared.real is None:
-        return targets.estimate(shared.first, shared.later, estimator_fns(state, key), config)
+        return targets.estimate(shared.first, ahead, estimator_fns(state, key), config)
     count, size = len(shared.real.reward), len(shared.first.reward)
     real_key, key = jax.random.split(key)
-    of_real: Imagined = jax.tree.map(lambda x: x[:, :count], shared.whole)
+    whole = imagine.first_steps(shared.whole, 1 + horizon if horizon else 0)
+    of_real: Imagined = jax.tree.map(lambda x: x[:, :count], whole)
     real = targets.estimate(shared.real, of_real, estimator_fns(state, real_key), config)
     if count == size:
         return real
     first: Transition = jax.tree.map(lambda x: x[count:], shared.first)
-    later: Imagined = jax.tree.map(lambda x: x[:, count:], shared.later)
+    later: Imagined = jax.tree.map(lambda x: x[:, count:], ahead)
     imagined = targets.estimate(first, later, estimator_fns(state, key), config)
     return targets.joined(real, imagined, count / size)
 
@@ -130,7 +134,7 @@ def told_gains(state: TrainState, recipe: Recipe, batch: Transition, ahead: Imag
     if not recipe.agent.scales_values:
         return state
     gain = batch.reward
-    if isinstance(ahead, Imagined) and recipe.targets.imagined_steps:
+    if isinstance(ahead, Imagined) and ahead.reward.shape[0]:
         gain = jnp.expand_dims(ahead.bonus, 1) if recipe.targets.keeps_members else ahead.bonus
         gain = ahead.reward + jnp.broadcast_to(gain, ahead.reward.shape)
     return replace(state, agent=state.agent.told(gain, recipe.targets.discount))
