@@ -80,6 +80,7 @@ VARIANTS = {
     "fewer-fits": Variant("mve-svg", FEWER_FITS),
     "model-unbounded": Variant("mve-svg", BEFORE),
     "gamma-0.99": Variant("mve-svg", (*BEFORE, "targets.discount=0.99")),
+    # one_step in other words: its runs were made before the flagship took that.
     "no-expansion": Variant("mve-svg", ("targets.estimator=lambda", "targets.trace_decay=0")),
     "calibrated": Variant("mve-svg", ("targets.estimator=calibrated", "targets.horizon_steps=3")),
     "no-value-gradients": Variant("mve-svg", ("agent.model_steps=0",)),

@@ -599,7 +599,7 @@ def test_every_estimator_of_fixed_weights_may_share_a_rollout(estimator: str, sh
         {"targets": TargetsConfig(estimator="steve", horizon_steps=LENGTH - 1)},
     ],
 )
-def test_a_rollout_is_shared_only_where_both_want_the_same(change: dict) -> None:
+def test_a_rollout_is_shared_only_where_it_serves_both(change: dict) -> None:
     assert recipe().shares_rollout
     assert not replace(recipe(), **change).shares_rollout
 

@@ -57,14 +57,10 @@ class Recipe:
 
 def shares_rollout(agent: AgentConfig, targets: TargetsConfig, imagination: ImaginationConfig) -> bool:
     """Whether one rollout serves critic and actor: the same policy takes the steps of both, the first of them
-    is imagined for both, and the actor wants as many as the critic's targets, if not more.
-
-    Targets of the rollout's own first actions are expanded by `targets.horizon_steps` that follow, those of
-    real rows by one more, from the state that they led to; without a horizon, by none.
-    """
-    imagined = imagination.starts > 0 and imagination.first_step == "imagined"
+    is imagined for both, and the actor wants as many as the critic's targets, if not more."""
     return (
-        imagined
+        imagination.starts > 0
+        and imagination.first_step == "imagined"
         and (imagination.real_share == 0 or imagination.mixed_by == "row")
         and agent.targets_by_current_actor
         and agent.model_steps >= 1 + targets.imagined_steps

@@ -108,7 +108,7 @@ def update_step(
 def shared_targets(shared: Shared, state: TrainState, config: TargetsConfig, key: Key) -> CriticTargets:
     """The rows of a shared rollout, as many as it has starts: the real steps that led to some, and from
     the others the rollout's own first steps. These are expanded by the estimator's horizon, real ones by a
-    step more: both are made of as many imagined steps."""
+    step more: both are made of as many imagined steps. Without a horizon nothing is expanded."""
     horizon = config.imagined_steps
     ahead = imagine.first_steps(shared.later, horizon)
     if shared.real is None:
