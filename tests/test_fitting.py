@@ -212,8 +212,9 @@ def test_a_member_that_has_diverged_is_no_elite() -> None:
 def test_an_estimator_that_keeps_members_apart_hears_all_of_them_without_noise() -> None:
     config = replace(HELD, elites=1, noise="homoscedastic", sample="state", stay_in_data=False)
     model = drifting([1.0, 2.0, 3.0], config)
-    next_obs, reward, _ = jax.jit(dynamics.member_step, static_argnums=(1, 2))(
-        model, KNOWN, config, jnp.zeros((3, 4, 2)), jnp.zeros((3, 4, 1))
+    member_step = jax.jit(dynamics.member_step, static_argnums=(1, 2), static_argnames="crossed")
+    next_obs, reward, _ = member_step(
+        model, KNOWN, config, jnp.zeros((3, 4, 2)), jnp.zeros((3, 4, 1)), crossed=True
     )
     np.testing.assert_allclose(next_obs, np.broadcast_to([[[1.0]], [[2.0]], [[3.0]]], (3, 4, 2)))
     assert reward.shape == (1, 3, 4)

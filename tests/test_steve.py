@@ -20,7 +20,7 @@ from mve.targets import TargetsConfig
 from mve.types import CriticTargets, EstimatorFns, Imagined, Known, Transition
 
 ESTIMATE = jax.jit(targets.estimate, static_argnums=(2, 3))
-MEMBER_STEP = jax.jit(dynamics.member_step, static_argnums=(1, 2))
+MEMBER_STEP = jax.jit(dynamics.member_step, static_argnums=(1, 2), static_argnames="crossed")
 STEP = jax.jit(dynamics.step, static_argnums=(1, 2))
 INIT = jax.jit(fresh_state, static_argnums=(0, 1, 2))
 UPDATE = jax.jit(train.update_step, static_argnums=1)
@@ -265,7 +265,7 @@ def test_every_member_moves_its_own_states_and_every_reward_model_judges_them(kn
     rows = random_rows(12)
     model = model_of(known, rows)
     obs, action = rows.obs.reshape(3, 4, 2), rows.action.reshape(3, 4, 1)
-    next_obs, reward, continuation = MEMBER_STEP(model, known, MODEL, obs, action)
+    next_obs, reward, continuation = MEMBER_STEP(model, known, MODEL, obs, action, crossed=True)
     assert reward.shape == ((1 if known.reward else 3), 3, 4)
     for m in range(3):
         net = jax.tree.map(lambda x, m=m: jnp.stack([x[m]] * 3), model.net)
@@ -278,6 +278,18 @@ def test_every_member_moves_its_own_states_and_every_reward_model_judges_them(kn
         else:
             for i in range(3):
                 np.testing.assert_allclose(reward[m, i], alone[i][1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_member_that_is_asked_about_its_own_steps_alone_says_of_them_what_it_did() -> None:
+    rows = random_rows(12)
+    model = model_of(Known(), rows)
+    asked = model, Known(), MODEL, rows.obs.reshape(3, 4, 2), rows.action.reshape(3, 4, 1)
+    all_next, crossed, all_continuation = MEMBER_STEP(*asked, crossed=True)
+    next_obs, own, continuation = MEMBER_STEP(*asked, crossed=False)
+    assert own.shape == (1, 3, 4)
+    np.testing.assert_allclose(own[0], crossed[np.arange(3), np.arange(3)], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(next_obs, all_next, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(continuation, all_continuation)
 
 
 def recipe(agent: str, estimator: str, known: Known, horizon: int = 2) -> Recipe:

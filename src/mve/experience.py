@@ -207,7 +207,8 @@ def target_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
     if model is None:
         nothing = jnp.zeros
         return lambda obs, action, key: (obs, nothing((1, *obs.shape[:-1])), nothing(obs.shape[:-1]))
-    return lambda obs, action, key: dynamics.member_step(model, recipe.known, recipe.dynamics, obs, action)
+    known, config, crossed = recipe.known, recipe.dynamics, recipe.targets.crosses_rewards
+    return lambda obs, action, key: dynamics.member_step(model, known, config, obs, action, crossed=crossed)
 
 
 def _with_one_opinion(step_fn: StepFn) -> StepFn:

@@ -64,8 +64,8 @@ class Transition(NamedTuple):
 class Imagined(NamedTuple):
     """H model steps under the policy, from a batch of start states.
 
-    Where members are kept apart, *batch is (M, B) and `reward` is (H, R, M, B): R reward models (one, if
-    the reward is known) judge every member's steps.
+    Where members are kept apart, *batch is (M, B) and `reward` is (H, R, M, B): R reward models judge every
+    member's steps, or R = 1, where the reward is known or each member judges its own.
     """
 
     obs: Float[Array, " H+1 *batch S"]

@@ -106,19 +106,20 @@ def disagreement(model: Dynamics, obs: Array, action: Array, key: Key) -> Float[
 
 
 def member_step(
-    model: Dynamics, known: Known, config: DynamicsConfig, obs: Array, action: Array
+    model: Dynamics, known: Known, config: DynamicsConfig, obs: Array, action: Array, *, crossed: bool
 ) -> tuple[Array, Array, Array]:
     """One imagined step of states (M, B, S), of which member m always moves its own (TS-infinity).
 
-    Next state (M, B, S), continuation (M, B), and the reward of every step in every member's opinion
-    (R, M, B), as STEVE wants it: R = M where the reward is learned, 1 where it is known. Rewards come
-    from the nets that predict the change, so the former costs M nets per state where STEVE has small
-    nets of their own for it; there is one termination net, where STEVE has one per member.
+    Next state (M, B, S), continuation (M, B), and rewards (R, M, B): R = 1 where the reward is known, or in
+    the opinion of the member that took the step. `crossed`: R = M where it is learned, the reward of every
+    step in every member's opinion, as STEVE wants it. Rewards come from the nets that predict the change,
+    so this costs M nets per state where STEVE has small nets of their own for it; there is one termination
+    net, where STEVE has one per member.
 
     All members answer, elites or not, with their means: what is asked for is how far they disagree, which
     neither a selection nor the noise of the world may change.
     """
-    if known.reward is not None:
+    if known.reward is not None or not crossed:
         change = model.change.unscale(predict(model, obs, action).mean)
         next_obs, reward, continuation = _finish_step(model, known, config, obs, action, change)
         return next_obs, reward[None], continuation

@@ -80,6 +80,11 @@ class TargetsConfig:
         return self.estimator.startswith("steve") or self.calibrates
 
     @property
+    def crosses_rewards(self) -> bool:
+        """Whether every member says what each one's steps are paid, not its own alone."""
+        return self.estimator.startswith("steve")
+
+    @property
     def shares_draws(self) -> bool:
         """Whether members that are kept apart draw the same actions, and so differ by the model alone."""
         return self.calibrates

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mve.targets.base import VARIANCE_FLOOR, TargetsConfig, candidate_returns, survival
-from mve.targets.ensemble import own_reward, value_by_member
+from mve.targets.ensemble import value_by_member
 from mve.types import EstimatorFns, Key, Metrics, StepFn, Transition
 
 FEWEST = 20.0  # segments of a depth, old ones discounted, before anything imagined that deep is believed
@@ -143,7 +143,7 @@ def replay(
 ) -> Replayed:
     """Every member takes the logged actions from every state of a block; compare with what followed.
 
-    `step_fn` moves states (M, T, S) and pays rewards (R, M, T), as in training. Rows of the block from
+    `step_fn` moves states (M, T, S) and pays rewards (1, M, T), as in training. Rows of the block from
     `num_rows` on are padding.
     """
     row, depth = jnp.arange(block.reward.shape[0])[None], jnp.arange(config.horizon_steps)[:, None]
@@ -164,7 +164,7 @@ def replay(
     obs = jnp.concatenate([imagined_obs, real_obs[:, None]], axis=1)
     value = jnp.min(value_by_member(ask.value, obs), axis=0)
 
-    imagined = candidate_returns(own_reward(reward), config.discount * continuation, value[:, :-1])
+    imagined = candidate_returns(reward[:, 0], config.discount * continuation, value[:, :-1])
     truth = candidate_returns(real.reward, config.discount * real.continuation, value[:, -1])
     critic_error, critic_variance = _of_the_critic(ask, real, valid, value[1:, -1], config.discount)
     error = (jnp.mean(imagined, axis=1) - truth).at[0].set(critic_error)

@@ -92,13 +92,6 @@ def steve(
     return real_row(batch, mix, jnp.mean(weight, axis=1), config.discount)
 
 
-def own_reward(reward: Float[Array, " H R M B"]) -> Float[Array, " H M B"]:
-    """Each member's opinion of its own steps; the known reward where there is no other."""
-    models = reward.shape[1]
-    own = jnp.arange(models)
-    return reward[:, 0] if models == 1 else reward[:, own, own]
-
-
 def value_by_member(
     value_fn: ValueFn, obs: Float[Array, " horizons M B S"]
 ) -> Float[Array, " N horizons M B"]:
@@ -116,14 +109,15 @@ def calibrated(
     with e_k of `calibration.squared_error`: what such a spread of the members, and of the critics, has
     turned out to mean on real steps that the model had not seen. STEVE takes the variance itself for
     e_k, and so believes an error that all members share. The bootstrap is the least of the critics'
-    values. Members draw the same actions, so that they differ by the model alone, as where it is judged.
+    values. Members draw the same actions, so that they differ by the model alone, as where it is judged, and
+    each pays for its own steps: rewards (H, 1, M, B).
     """
     if imagined.reward.shape[0] == 0:
         return one_step(batch, imagined, ask, config)
     assert ask.squared_error is not None
     discount = config.discount * imagined.continuation
     value = value_by_member(ask.value, imagined.obs)
-    reward = own_reward(imagined.reward) + imagined.bonus
+    reward = imagined.reward[:, 0] + imagined.bonus
     candidates = candidate_returns(reward, discount, jnp.min(value, axis=0))
     error = ask.squared_error(
         jnp.var(candidates, axis=1),
