@@ -93,6 +93,7 @@ VARIANTS = {
     "preserved-values": Variant("mve-svg", ("agent.preserve_values=true",)),
     "histogram-critics": Variant("mve-svg", ("agent.value_bins=101",)),
     "trusted-branches": Variant("mve-svg", ("imagination.trust=2",)),
+    "learned-termination": Variant("mve-svg", ("dynamics.termination=learned",)),
     "honest-noise": Variant("mve-svg", ("dynamics.bootstrap=true", "dynamics.noise_rows=unseen")),
     "resets": Variant("mve-svg", ("agent.reset_optimisers=true",)),
     "mve-sac": Variant("mve-sac"),
