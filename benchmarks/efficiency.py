@@ -59,7 +59,8 @@ LOOSE = (
     "dynamics.bootstrap=true",
 )
 LARGE_MINIBATCHES = ("dynamics.batch_size=256", "dynamics.learning_rate=0.001")
-RECENT_SUMS, WIDE_BOUNDS = ("targets.n_step_within=4000",), ("agent.value_margin=1",)
+RECENT_SUMS = ("targets.n_step_within=4000", "targets.n_step_warmup=false")
+WIDE_BOUNDS = ("agent.value_margin=1",)
 # As the flagship was before, one upon the other.
 ONE_REAL_STEP = ("agent.actor_rate_falls_after=0", *NO_SUMS)
 LOOSE_MODEL = (*ONE_REAL_STEP, *LOOSE)
@@ -71,7 +72,7 @@ VARIANTS = {
     "falling-rate": Variant("mve-svg", NO_SUMS),
     "three-real-steps": Variant("mve-svg", ("targets.n_step=3", "targets.n_step_drawn=false")),
     "eight-real-steps": Variant("mve-svg", ("targets.n_step_drawn=false",)),
-    "no-warm-up-sums": Variant("mve-svg", ("targets.n_step_within=1000000",)),
+    "no-warm-up-sums": Variant("mve-svg", ("targets.n_step_warmup=false",)),
     "recent-sums": Variant("mve-svg", RECENT_SUMS),
     "wide-bounds": Variant("mve-svg", WIDE_BOUNDS),
     "recent-sums-wide-bounds": Variant("mve-svg", (*RECENT_SUMS, *WIDE_BOUNDS)),

@@ -445,13 +445,18 @@ def test_every_row_draws_how_many_real_steps_it_sums() -> None:
     np.testing.assert_allclose(counts[1:] / counts.sum(), 0.25, atol=0.07)
 
 
-@pytest.mark.parametrize(("within", "warmup", "first"), [(0, 5, 0), (9, 5, 11), (9, 14, 14), (30, 0, 0)])
-def test_only_recent_rows_of_the_policys_own_steps_are_summed(within: int, warmup: int, first: int) -> None:
-    """At step 20, rows from max(20 - within, warm-up) on; two steps, where the episode goes on, or one."""
+@pytest.mark.parametrize(
+    ("within", "warmup", "sums_it", "first"),
+    [(0, 5, True, 0), (9, 14, True, 11), (0, 5, False, 5), (9, 5, False, 11), (9, 14, False, 14)],
+)
+def test_only_recent_rows_of_the_policys_own_steps_are_summed(
+    within: int, warmup: int, sums_it: bool, first: int
+) -> None:
+    """At step 20; two steps, where the episode goes on, or one."""
     ours = mixed(0.4)
     ours = replace(
         ours,
-        targets=replace(ours.targets, n_step=2, n_step_within=within),
+        targets=replace(ours.targets, n_step=2, n_step_within=within, n_step_warmup=sums_it),
         learning_starts=warmup,
     )
     state = replace(remembering(ours), num_env_steps=jnp.int32(20))

@@ -60,9 +60,9 @@ def real_batch(state: TrainState, recipe: Recipe, size: int, key: Key) -> Transi
         return replay.sample(state.replay, (size,), key, recency=recipe.recency)
     key, sum_key = jax.random.split(key)
     segment = replay.sample_segments(state.replay, size, n_step, key, recency=recipe.recency)
-    if recipe.targets.n_step_within:
-        since = jnp.maximum(state.num_env_steps - recipe.targets.n_step_within, recipe.learning_starts)
-        segment = targets.cut(segment, jnp.where(segment.rows.step[0] >= since, n_step, 1))
+    recent = state.num_env_steps - recipe.targets.n_step_within if recipe.targets.n_step_within else 0
+    own = 0 if recipe.targets.n_step_warmup else recipe.learning_starts
+    segment = targets.cut(segment, jnp.where(segment.rows.step[0] >= jnp.maximum(recent, own), n_step, 1))
     return summed(state.agent, segment, recipe.targets, sum_key)
 
 

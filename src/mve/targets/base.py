@@ -49,8 +49,11 @@ class TargetsConfig:
     TD(lambda) mixes them geometrically, Sutton and Barto 2018, section 12.1). False: n_step for all."""
     n_step_within: Count = 0
     """Environment steps within which a row is recent enough to be summed with those that followed it. Older
-    rows, and those of the warm-up, stand for one step: where the policy has long done otherwise, long sums
-    keep its values down, and it from trying. 0: all rows are summed."""
+    rows stand for one step: where the policy has long done otherwise, long sums keep its values down, and it
+    from trying. 0: however old."""
+    n_step_warmup: bool = True
+    """Whether rows of the warm-up are summed as well. If not, they stand for one step, for the same reason:
+    their actions are none that any policy would take."""
     divide_by_horizon: bool = True
     """Divide the loss of mve_tdk by H, as the paper prints it; its H+1 terms then sum to (H+1)/H."""
 
