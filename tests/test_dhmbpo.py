@@ -447,12 +447,20 @@ def test_every_row_draws_how_many_real_steps_it_sums() -> None:
 
 @pytest.mark.parametrize(
     ("within", "warmup", "sums_it", "first"),
-    [(0, 5, True, 0), (9, 14, True, 11), (0, 5, False, 5), (9, 5, False, 11), (9, 14, False, 14)],
+    [
+        (0, 5, True, 0),
+        (9, 14, True, 11),
+        (0, 5, False, 5),
+        (9, 5, False, 11),
+        (9, 14, False, 14),
+        (30, 0, False, 0),
+    ],
 )
 def test_only_recent_rows_of_the_policys_own_steps_are_summed(
     within: int, warmup: int, sums_it: bool, first: int
 ) -> None:
-    """At step 20; two steps, where the episode goes on, or one."""
+    """At step 20, rows from max(20 - within, warm-up) on, or of the warm-up as well where that is summed;
+    two steps, where the episode goes on, or one."""
     ours = mixed(0.4)
     ours = replace(
         ours,

@@ -80,7 +80,7 @@ class TargetsConfig:
     @property
     def keeps_members(self) -> bool:
         """Whether every start is imagined by every member, whose answers then stay apart: axes (M, B)."""
-        return self.estimator.startswith("steve") or self.calibrates
+        return self.crosses_rewards or self.calibrates
 
     @property
     def crosses_rewards(self) -> bool:
