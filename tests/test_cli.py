@@ -119,7 +119,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (
             "xyz",
             "mve: unknown command 'xyz'; there are train, eval, resume, plot, compare, diagnose, check, "
-            "list, doctor",
+            "list, settings, doctor",
         ),
         ("train", "mve: train needs ENV; see `mve train --help`"),
         ("eval", "mve: eval needs RUN; see `mve eval --help`"),

@@ -11,6 +11,7 @@ import pytest
 from mve import cli, compare
 from mve.compare import Curve
 from mve.types import UserError
+from test_plot import write_run
 
 
 def curve(algo: str, seed: int, *values: float, env: str = "Task-v1") -> Curve:
@@ -77,6 +78,21 @@ def test_curves_may_be_given_a_name(tmp_path: Path) -> None:
     assert [c.algo for c in compare.read_named(places)] == ["wider nets"] * 2 + ["a", "b", "c"]
     with pytest.raises(UserError, match="nowhere"):
         compare.read_named([f"x={tmp_path}/nowhere"])
+
+
+def test_seeds_are_found_however_they_were_trained(tmp_path: Path) -> None:
+    """One by one, side by side, or both, by the folder of the algorithm, of the seeds, or of one of them."""
+    places = ["seed-10", "seed-9", "seeds-0-1/seed-0", "seeds-0-1/seed-1"]
+    runs = [tmp_path / place for place in places]
+    for run, seed in zip(runs, (10, 9, 0, 1), strict=True):
+        write_run(run, "A-v0", "mve", seed, model=False)
+    for folder, seeds in ((tmp_path, "9 10 0 1"), (tmp_path / "seeds-0-1", "0 1"), (runs[0], "10")):
+        assert " ".join(c.seed for c in compare.read([folder])) == seeds
+    picture = tmp_path / "all.png"
+    assert cli.main(["plot", *map(str, tmp_path.iterdir()), "--output", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    with pytest.raises(UserError, match="is not a run folder"):
+        compare.read([tmp_path / "nowhere"])
 
 
 def test_a_file_of_another_form_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""mve train | eval | resume | plot | compare | diagnose | check | list | doctor.
+"""mve train | eval | resume | plot | compare | diagnose | check | list | settings | doctor.
 
 Only tyro and rich are imported here: JAX and the rest wait until a command needs them, so that help and
 mistakes in the command line are answered at once.

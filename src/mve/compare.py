@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from mve.folders import seeds_of
+from mve.folders import runs_in
 from mve.log import VERSIONS, read_json
 from mve.plot import COLOURS, STYLE, mean_curve, read_run, thousands, write
 from mve.types import UserError
@@ -58,7 +58,7 @@ def read(paths: Sequence[Path]) -> list[Curve]:
         if path.suffix == ".csv":
             curves += _read_csv(path)
         else:
-            curves += [_read_run(folder) for folder in seeds_of(path) or [path]]
+            curves += [_read_run(folder) for folder in runs_in(path)]
     return curves
 
 

@@ -27,6 +27,7 @@ from mve.targets import TargetsConfig
 from mve.types import Count, Json, NonNegative, OwnCount, Positive, UserError
 
 LONGEST_SHOWN = 100  # characters of a value in a message
+SHOWN_BY = "; `mve settings` shows them all"
 FORMAT = 3  # of config.json; files that do not say are of format 1
 
 
@@ -115,7 +116,7 @@ def check_actions(config: Config, spec: EnvSpec) -> None:
 def _plain(env_id: str, algo: str, assignments: Sequence[str], seed: int) -> Json:
     if algo not in PRESETS:
         raise UserError(
-            f"unknown algorithm {_shown(algo)}{_nearest(algo, PRESETS)}; `mve list` shows them all"
+            f"unknown algorithm {_shown(algo)}{nearest(algo, PRESETS)}; `mve list` shows them all"
         )
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed {_shown(seed)} is out of range; it has to be 0 to {LARGEST_SEED}")
@@ -150,7 +151,7 @@ def _assign(data: Json, name: str, value: object) -> None:
     data.setdefault(section, {})[setting] = value
 
 
-def _nearest(name: str, names: Sequence[str] | Mapping[str, object]) -> str:
+def nearest(name: str, names: Sequence[str] | Mapping[str, object]) -> str:
     near = difflib.get_close_matches(name[:LONGEST_SHOWN], list(names), n=3, cutoff=0.5)
     return f"; nearest: {', '.join(near)}" if near else ""
 
@@ -219,7 +220,7 @@ def _config(data: Json) -> Config:
     arguments: Json = {}
     for name, value in data.items():
         if name not in names:
-            raise UserError(f"unknown settings section {_shown(name)}{_nearest(name, names)}")
+            raise UserError(f"unknown settings section {_shown(name)}{nearest(name, names)}{SHOWN_BY}")
         arguments[name] = _section(name, sections[name], value) if name in sections else value
     arguments.setdefault("agent", sections["agent"]())
     return Config(**arguments)
@@ -240,7 +241,8 @@ def _section(name: str, section: type, data: Any) -> Any:
     known = [f.name for f in fields(section)]
     for setting in data:
         if setting not in known:
-            raise UserError(f"unknown setting {_shown(f'{name}.{setting}')}{_nearest(setting, known)}")
+            full = _shown(f"{name}.{setting}")
+            raise UserError(f"unknown setting {full}{nearest(setting, known)}{SHOWN_BY}")
     try:
         # What env.kwargs holds goes into config.json as it is.
         json.dumps(data, allow_nan=name != "env")

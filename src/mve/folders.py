@@ -78,6 +78,15 @@ def seeds_of(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """The runs that a folder stands for: the one that it is, or those of its seeds, whether they were trained
+    one by one or side by side, as runs/ENV/ALGO/seeds-0-7; the folder itself where it holds none."""
+    if (folder / "config.json").exists():
+        return [folder]
+    together = sorted(folder.glob("seeds-*/"))
+    return [run for place in (folder, *together) for run in seeds_of(place)] or [folder]
+
+
 def newest(folder: Path) -> str | None:
     """Name of the newest checkpoint of a run, sound or not; None if it has none."""
     found = checkpoint.latest(checkpoints(folder))

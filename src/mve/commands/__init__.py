@@ -4,16 +4,16 @@ given      what several are given: a run's folder, settings, the user's own func
 codes      exit codes
 training   train, resume
 judging    eval, plot, compare, diagnose, check
-showing    list, doctor
+showing    list, settings, doctor
 """
 
 from mve.commands.judging import Check, Compare, Diagnose, Eval, Plot
-from mve.commands.showing import Doctor, List
+from mve.commands.showing import Doctor, List, Settings
 from mve.commands.training import Resume, Train
 
 COMMANDS = {
     kind.__name__.lower(): kind
-    for kind in (Train, Eval, Resume, Plot, Compare, Diagnose, Check, List, Doctor)
+    for kind in (Train, Eval, Resume, Plot, Compare, Diagnose, Check, List, Settings, Doctor)
 }
 
 __all__ = ["COMMANDS"]

@@ -56,17 +56,18 @@ class Plot:
     """Draw the learning curves of one run or several: a colour for each algorithm, a panel for each task."""
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")]
-    """Folders of the runs."""
+    """Folders of the runs, or of their seeds."""
     output: Annotated[Path, arg(metavar="PNG")] = Path("curves.png")
     """The picture to write."""
 
     def run(self) -> int:
+        from mve.folders import runs_in
         from mve.plot import curve
         from mve.types import UserError
 
         if not self.runs:
             raise UserError("plot: no run folder is given; see `mve plot --help`")
-        print(curve(self.runs, self.output))
+        print(curve([run for folder in self.runs for run in runs_in(folder)], self.output))
         return 0
 
 

@@ -39,7 +39,7 @@ class Train:
     run_dir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of the run; runs/ENV/ALGO/seed-S, or seeds-A-B, if not given."""
     settings: Settings = dataclasses.field(default_factory=list)
-    """Any setting of config.json; several may follow."""
+    """Any setting that `mve settings` shows; several may follow."""
     reward: FunctionPath = None
     """Your JAX function (obs, action, next_obs) -> reward; learned if there is none."""
     termination: FunctionPath = None
