@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_plot import write_run
 
 from mve import cli, compare
 from mve.compare import Curve
 from mve.types import UserError
-from test_plot import write_run
 
 
 def curve(algo: str, seed: int, *values: float, env: str = "Task-v1") -> Curve:
