@@ -404,6 +404,7 @@ def test_epsilon_falls_linearly_in_the_updates_and_then_stays(updates: int, epsi
 def test_epsilon_greedy_draws_each_action_with_its_probability(epsilon: float) -> None:
     policy = EpsilonGreedy.of(constant_values([1.0, 3.0, 2.0]), jnp.float32(epsilon))
     on_host = jax.tree.map(np.array, policy)
+    assert np.isfinite(on_host.threshold)  # a policy that is not finite is a diverged one
     count, rng = 40_000, np.random.default_rng(0)
     obs, noise = np.zeros((count, OBS), np.float32), rng.standard_normal((count, 3), np.float32)
     action = on_host(obs, noise)

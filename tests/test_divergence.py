@@ -149,7 +149,8 @@ def test_states_that_are_not_finite_are_found_seed_by_seed() -> None:
     nan = lambda x: x * np.float32(np.nan) if x.dtype == np.float32 else x  # noqa: E731
     states[1] = train.replace(states[1], agent=jax.tree.map(nan, states[1].agent))
     assert Alone(recipe).are_finite(states[1]) == [False]
-    fitted = Learner(Slide(), "mve-sac", settings=SMALL, quiet=True)
-    assert Alone(fitted.recipe).are_finite(fitted.state) == [True]  # before its first step too
+    for more in ([], ["agent.normalize_obs=true"]):
+        fitted = Learner(Slide(), "mve-sac", settings=[*SMALL, *more], quiet=True)
+        assert Alone(fitted.recipe).are_finite(fitted.state) == [True]  # before its first step too
     together = Together(recipe, 3)
     assert together.are_finite(together.joined(states)) == [True, False, True]

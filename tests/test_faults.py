@@ -260,6 +260,14 @@ def test_a_run_whose_environment_fails_is_saved_up_to_the_step_before_and_goes_o
     assert rows.obs[114, 0] == 0
 
 
+def test_an_environment_that_fails_at_once_is_what_is_told(tmp_path: Path) -> None:
+    """Nothing was seen, so that the range of observations, which the agent is shown them by, is empty."""
+    run = learner(Walk(at=1), tmp_path / "run", "agent.normalize_obs=true")
+    with pytest.raises(FaultError, match="at step 1, step 1 of episode 0, it raised"):
+        run.learn()
+    assert Learner.load(tmp_path / "run", Walk(), quiet=True).num_timesteps == 0
+
+
 def test_a_run_that_restarts_says_so_in_its_records(tmp_path: Path) -> None:
     settings = ("env.on_fault=restart", "env.max_restarts=3")
     run = learner(Walk(at=115, fault="nan"), tmp_path / "run", *settings, eval_env=Walk(at=20)).learn()

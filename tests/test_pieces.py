@@ -43,10 +43,11 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Have this process sent SIGTERM once so many updates of a block are done."""
+    shown = Display.learning
 
     def arrange(wanted: int) -> None:
         def learning(self: Display, done: int, updates: int) -> None:
-            del self, updates
+            shown(self, done, updates)
             if done == wanted:
                 signal.raise_signal(signal.SIGTERM)
 
@@ -178,17 +179,20 @@ def test_seeds_are_stopped_together_and_go_on_together(
 def test_resume_finishes_a_run_that_was_stopped_after_its_last_step(
     tmp_path: Path,
     stop_at: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     small = [f"--set={setting}" for setting in (*SETTINGS, "train.total_steps=80")]
-    stop_at(20)
+    stop_at(10)
     with pytest.raises(SystemExit):
         main(["train", "Pendulum-v1", "--algo=mve-sac", *small, f"--run-dir={tmp_path / 'run'}", "--quiet"])
     stop_at(NEVER)
     [newest] = (tmp_path / "run" / "checkpoints").glob("step_*")
-    assert checkpoint.read_facts(newest)["unfinished"] == {"before": 60, "done": 20}
+    assert checkpoint.read_facts(newest)["unfinished"] == {"before": 60, "done": 10}
     assert "go on from the newest checkpoint" in capsys.readouterr().err
-    assert main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, whose live line shows learning before any step
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    monkeypatch.delenv("FORCE_COLOR")
     assert "evaluation" in capsys.readouterr().out
     records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     said = [json.loads(each) for each in records]

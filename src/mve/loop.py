@@ -123,6 +123,7 @@ class Loop:
         interval = self.config.evaluate.interval_steps
         started, before_start = time.perf_counter(), [run.seconds for run in self.runs]
         stopping = False
+        display.progress(self.step, self._shown())  # learning may go on from the middle, before any step
         while (self.step < total or self._collected is not None) and not stopping:
             before = self._act(total, display, interrupt)
             looks, saves, waits = self._after(before, total)
@@ -192,7 +193,9 @@ class Loop:
         self.collector.settle()
         for run, is_finite in zip(self.runs, self.program.are_finite(self.state), strict=True):
             if not is_finite:
-                raise run.diverged("a network's weight or its optimiser is not finite", self.step)
+                raise run.diverged(
+                    "a network's weight or its optimiser is not finite", self.step
+                ) from self._fault
         if self._fault is None:
             self._give_up_episodes(display)
         self.save()

@@ -135,7 +135,7 @@ class EpsilonGreedy(Policy):
 
     critics: tuple[MLP, ...]  # each from an observation to A values
     epsilon: jax.Array
-    threshold: jax.Array  # t, infinite for epsilon = 0
+    threshold: jax.Array  # t, beyond every draw for epsilon = 0
 
     @classmethod
     def of(cls, critics: MLP, epsilon: Array) -> EpsilonGreedy:
@@ -143,7 +143,8 @@ class EpsilonGreedy(Policy):
         count, size = critics.layers[-1].bias.shape
         members = [jax.tree.map(lambda leaf, n=n: leaf[n], critics) for n in range(count)]
         threshold = jax.scipy.special.ndtri(0.5 + 0.5 * (1.0 - epsilon) ** (1.0 / size))
-        return cls(tuple(members), epsilon, threshold)
+        # Finite, for a policy that is not is taken for a diverged one.
+        return cls(tuple(members), epsilon, jax.numpy.minimum(threshold, float(np.finfo(np.float32).max)))
 
     def _values(self, obs: Any) -> Any:
         return reduce(array_module(obs).minimum, [critic(obs) for critic in self.critics])

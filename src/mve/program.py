@@ -16,6 +16,7 @@ from mve import train
 from mve.agents import Agent
 from mve.checkpoint.segments import Ring
 from mve.envs.device import for_one
+from mve.networks import Normaliser
 from mve.policies import Policy
 from mve.state import Recipe, TrainState
 from mve.train import Due
@@ -33,8 +34,12 @@ SEED = "seed"  # the axis that devices share out
 def _are_finite(state: TrainState, seeds: int) -> list[bool]:
     """Whether the networks and their optimisers are, for each of so many seeds; waits for them."""
     model = state.model
-    # Not the normalisers: the range of nothing is infinite.
-    leaves = jax.tree.leaves((state.agent, None if model is None else (model.nets, model.opt_state)))
+    learned = state.agent, None if model is None else (model.nets, model.opt_state)
+
+    def has_range(node: Any) -> bool:  # which is infinite, of nothing
+        return isinstance(node, Normaliser)
+
+    leaves = [leaf for leaf in jax.tree.leaves(learned, is_leaf=has_range) if not has_range(leaf)]
     numbers = [np.asarray(leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return np.all([np.isfinite(x).reshape(seeds, -1).all(axis=1) for x in numbers], axis=0).tolist()
 
