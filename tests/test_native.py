@@ -27,7 +27,7 @@ from mve.envs.native import NativeStep, NativeTask
 from mve.envs.pendulum import Pendulum, Pole
 from mve.policies import Policy
 from mve.program import Together
-from mve.types import UserError
+from mve.types import FaultError, UserError
 
 BLOCK = 8
 LENGTHS = jnp.array([3, 5])
@@ -181,6 +181,22 @@ def test_a_run_that_meets_one_ends_and_saves_nothing_of_it(tmp_path: Path) -> No
     with pytest.raises(UserError, match="Counting: the observation or reward of step 46 is not finite"):
         run.learn()
     assert not (tmp_path / "run" / "checkpoints").exists()
+    obs = np.zeros(run.spec.obs_size, np.float32)
+    for use in (lambda: run.predict(obs), lambda: run.learn(20), lambda: run.save(tmp_path / "elsewhere")):
+        with pytest.raises(UserError, match=r"the last learn\(\) failed; go on with .*, which=0\)"):
+            use()
+    assert not (tmp_path / "elsewhere" / "checkpoints").exists()
+
+
+def test_an_evaluation_that_meets_one_ends_with_everything_saved(tmp_path: Path) -> None:
+    """Whole episodes are evaluated, where training has come to step 40 of the first."""
+    settings = [*SMALL, "evaluate.interval_steps=40"]
+    run = Learner(Counting(spoilt=90), "sac", run_dir=tmp_path / "run", settings=settings, quiet=True)
+    with pytest.raises(
+        FaultError, match="Counting: the evaluation at step 40 met a reward that is not finite"
+    ):
+        run.learn()
+    assert Learner.load(tmp_path / "run", Counting(), quiet=True).num_timesteps == run.num_timesteps == 40
 
 
 def test_seeds_side_by_side_have_the_draws_that_each_has_alone() -> None:

@@ -25,7 +25,7 @@ from mve.policies import Policy
 from mve.program import Alone, Together
 from mve.run import Run
 from mve.state import Progress, TrainState
-from mve.types import FaultError, Transition
+from mve.types import FaultError, SpoiltError, Transition
 
 Program: TypeAlias = Alone | Together
 
@@ -158,7 +158,10 @@ class OnDevice:
         for run, (over, length, ret, sound) in zip(self.runs, parts, strict=True):
             if not sound[:count].all():
                 where = step + 1 + int(np.argmin(sound[:count]))
-                raise FaultError(f"{run.spec.name}: the observation or reward of step {where} is not finite")
+                raise SpoiltError(
+                    f"{run.spec.name}: the observation or reward of step {where} is not finite; the run ends "
+                    "at its last checkpoint"
+                )
             run.recent.extend(Episode(float(ret[i]), int(length[i])) for i in np.flatnonzero(over))
 
     def settle(self) -> None:
@@ -170,4 +173,10 @@ class OnDevice:
         static = self.env, self.config.evaluate.episodes
         shared = np.int32(step), np.int32(self.env.limit or LONGEST_EPISODE)
         played = self.program.call(device.play, static, shared, self.program.deterministic(state), self.keys)
-        return [Evaluation(*part) for part in self.program.each(played.on_host())]
+        found = [Evaluation(*part) for part in self.program.each(played.on_host())]
+        for run, evaluation in zip(self.runs, found, strict=True):
+            if not np.isfinite(evaluation.returns).all():
+                raise FaultError(
+                    f"{run.spec.name}: the evaluation at step {step} met a reward that is not finite"
+                )
+        return found

@@ -32,7 +32,7 @@ from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO
 from mve.program import Alone, on_host
 from mve.run import Run
 from mve.state import Progress, Recipe, TrainState, grown, initial_state
-from mve.types import DivergedError, RewardFn, TerminationFn, UserError
+from mve.types import DivergedError, RewardFn, SpoiltError, TerminationFn, UserError
 
 
 class Learner:
@@ -108,12 +108,20 @@ class Learner:
 
     @property
     def state(self) -> TrainState:
-        """Everything that training changes."""
+        """Everything that training changes. UserError where a `learn` that failed has lost it."""
+        if self._broken_off:
+            raise UserError(self._gone)
         return self.progress.state
 
     @state.setter
     def state(self, state: TrainState) -> None:
         self.progress = self.progress._replace(state=state)
+
+    @property
+    def _gone(self) -> str:
+        """Where to go on when the state is lost."""
+        saved = "" if folders.newest(self.folder) else ", which=0"
+        return f"the last learn() failed; go on with Learner.load({str(self.folder)!r}{saved})"
 
     @property
     def num_timesteps(self) -> int:
@@ -168,7 +176,7 @@ class Learner:
         and saved before KeyboardInterrupt is raised; on SIGTERM or SIGHUP likewise before SystemExit, with
         128 plus the signal's number. A second signal raises at once, and nothing more is saved. Raises
         FaultError, everything saved, for an environment that fails, and DivergedError, nothing saved, for
-        losses that are not finite.
+        losses that are not finite; so does SpoiltError, a FaultError, for such numbers from one in JAX.
         """
         self.set_budget(total_timesteps)
         with lock.held(self.folder):
@@ -181,7 +189,7 @@ class Learner:
     def set_budget(self, total_timesteps: int | None) -> None:
         """So many more environment steps, or the configured budget; nothing is written."""
         if self._broken_off:
-            raise UserError(f"the last learn() failed; go on with Learner.load({str(self.folder)!r})")
+            raise UserError(self._gone)
         if total_timesteps is not None:
             budget = replace(self.config.train, total_steps=self.num_timesteps + total_timesteps)
             self.run.config = replace(self.config, train=budget)
@@ -281,7 +289,7 @@ def go_on(learners: Sequence[Learner], folder: Path) -> None:
             held.enter_context(jax.default_matmul_precision(learners[0].config.train.matmul_precision))
             held.enter_context(loop.writer)
             _train(loop, total, records, display, interrupt)
-    except DivergedError:
+    except (DivergedError, SpoiltError):
         raise
     except UserError:  # the loop has ended in good order all the same
         _take_stock(learners, loop)

@@ -142,6 +142,11 @@ class FaultError(UserError):
     exit_code = 4
 
 
+class SpoiltError(FaultError):
+    """What an environment on the device gave was learned from before it was seen not to be finite: nothing
+    since the last checkpoint is worth keeping."""
+
+
 # Ranges of settings, checked when a configuration is read.
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
