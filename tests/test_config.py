@@ -134,6 +134,10 @@ def test_without_a_name_it_is_mve_on_sac() -> None:
         (None, "targets.estimator=mvee", "it has to be one of one_step, mve, mve_tdk"),
         (None, "train.updates_per_step", "write section.field=value"),
         (None, "seed=3", "cannot set 'seed'"),
+        (None, "agent.action_layer=4", "agent.action_layer = 4 is beyond the critic's last layer, 3"),
+        ("paper", "agent.hidden=[]", "agent.action_layer = 1 is beyond the critic's last layer, 0"),
+        (None, "agent.action_layer=-1", "setting agent.action_layer = -1: Expected `int` >= 0"),
+        (None, "agent.hiden=3", "`mve settings` shows them all"),
         (None, "dynamics.members=two", "setting dynamics.members = 'two': Expected `int`, got `str`"),
     ],
 )

@@ -201,6 +201,60 @@ def test_your_own_functions_are_used_and_asked_for_again(tmp_path: Path) -> None
     Learner.load(tmp_path / "run", Slide(), reward_fn=reward)
 
 
+@pytest.mark.parametrize(
+    ("what", "function", "why"),
+    [
+        ("termination", lambda obs, action, next_obs: False, r"returns shape \(\), not \(7,\)"),
+        ("termination", lambda obs, action, next_obs: obs[..., 0], "returns float32, not bool"),
+        ("reward", lambda obs, action, next_obs: obs[..., :1], r"returns shape \(1,\), not \(\)"),
+        ("reward", lambda obs, action, next_obs: np.abs(obs[..., 0]), "use jax.numpy in place of numpy"),
+    ],
+)
+def test_a_function_of_yours_that_cannot_be_used_is_refused_at_once(
+    tmp_path: Path, what: str, function: Any, why: str
+) -> None:
+    given: Any = {f"{what}_fn": function}
+    with pytest.raises(UserError, match=f"{what} function <lambda>: given obs .*{why}") as caught:
+        Learner(Slide(), "mve-sac", run_dir=tmp_path / "run", settings=SMALL, quiet=True, **given)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_follows_from_the_budget_does_from_the_one_that_is_given_to_learn(tmp_path: Path) -> None:
+    def schedule_of(*settings: str, steps: int) -> tuple[int, int, int]:
+        made = Learner(Slide(), settings=settings, run_dir=tmp_path / "run", quiet=True)
+        made.set_budget(steps)
+        train = made.config.train
+        assert made.recipe.learning_starts == train.learning_starts == made.config.dynamics.learning_starts
+        return train.total_steps, int(train.learning_starts), made.config.evaluate.interval_steps
+
+    assert schedule_of(steps=2000) == (2000, 400, 1000)
+    assert schedule_of(steps=200_000) == (200_000, 5000, 5000)
+    assert schedule_of("train.learning_starts=60", "dynamics.learning_starts=60", steps=100)[:2] == (100, 60)
+    assert schedule_of("train.total_steps=10000", steps=4000) == (4000, 2000, 1000)  # as it was set
+
+
+def test_a_learner_that_has_begun_keeps_its_schedule(learner: Learner, tmp_path: Path) -> None:
+    learner.save(tmp_path / "copy")
+    again = Learner.load(tmp_path / "copy", Slide(), quiet=True)
+    again.set_budget(100_000)
+    assert again.config.train.total_steps == learner.num_timesteps + 100_000
+    assert again.config.train.learning_starts == 60
+    assert again.config.evaluate.interval_steps == 100
+
+
+def test_a_policy_is_not_saved_over_another_run(learner: Learner, tmp_path: Path) -> None:
+    learner.save(tmp_path / "mine")
+    learner.save(tmp_path / "mine")  # the same once more
+    fresh = Learner(Slide(), "mve-sac", settings=SMALL, quiet=True)
+    with pytest.raises(UserError, match="mine stands at step 220, this run at 0; choose another folder"):
+        fresh.save(tmp_path / "mine")
+    other = Learner(Slide(), "sac", settings=SAC, seed=3, quiet=True)
+    with pytest.raises(UserError, match="mine holds another run, mve-sac with seed 0 on an environment of"):
+        other.save(tmp_path / "mine")
+    assert Learner.load(tmp_path / "mine", Slide()).num_timesteps == 220
+
+
 def test_the_default_algorithm_heeds_the_users_functions() -> None:
     def reward(obs: Any, action: Any, next_obs: Any) -> Any:
         return -jnp.sum(jnp.abs(next_obs), axis=-1)
@@ -267,6 +321,8 @@ def test_calibration_goes_into_the_checkpoint_and_the_log(tmp_path: Path) -> Non
             ["targets.estimator=calibrated", "targets.horizon_steps=21"],
             "at most train.block_steps",
         ),
+        ("dhmbpo", ["targets.discount=1"], "targets.discount = 1 has no bounds of values"),
+        ("dhmbpo", ["imagination.trust=0.5"], "imagination.trust = 0.5 would stop rollouts at their first"),
     ],
 )
 def test_targets_that_cannot_be_made_are_refused_in_one_line(

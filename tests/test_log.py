@@ -80,6 +80,28 @@ def test_resuming_repeats_no_row(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evaluations.csv", "metrics.jsonl"]
 
 
+def test_records_that_are_no_records_are_named_in_one_line(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    sound = (tmp_path / "evaluations.csv").read_bytes()
+    for name, spoilt, why in (
+        ("evaluations.csv", b"10,one,2,3\n", "'10,one,2,3' is not step,episode,return,length"),
+        ("evaluations.csv", b"\xff\xfe\n", "is not text"),
+        ("metrics.jsonl", b'{"time/total_timesteps": 7, "train/critic_loss": "high"}\n', "'high'"),
+    ):
+        path = tmp_path / name
+        before = path.read_bytes()
+        path.write_bytes(before + spoilt)
+        with pytest.raises(UserError, match=r"is damaged: .*mend it, or remove it") as caught:
+            (log.read_evaluations if "csv" in name else log.read_metrics)(tmp_path)
+        assert why in str(caught.value)
+        assert "\n" not in str(caught.value)
+        path.write_bytes(before)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"time/total_timesteps": null}\n')
+    RunLog.truncate(tmp_path, 20)
+    assert (tmp_path / "evaluations.csv").read_bytes() == sound
+
+
 def test_truncating_an_empty_folder_does_nothing(tmp_path: Path) -> None:
     RunLog.truncate(tmp_path, 10)
     assert list(tmp_path.iterdir()) == []

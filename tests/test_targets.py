@@ -95,6 +95,14 @@ def test_tdk_rows_of_two_imagined_steps_by_hand() -> None:
     np.testing.assert_allclose(rows.weight, [0.5, 0.5, 0.5])  # three terms, divided by H = 2
 
 
+def test_an_imagined_row_weighs_the_same_however_many_real_steps_led_to_it() -> None:
+    """Of a sum of m real steps the continuation is gamma^(m-1)."""
+    rollout = imagined([[2.0, 2.0], [4.0, 4.0]])
+    rows = estimate("mve_tdk", transition([1.0, 1.0], [GAMMA**3, 0.0]), rollout)
+    np.testing.assert_allclose(rows.weight.reshape(3, 2), [[0.25, 0.25], [0.5, 0], [0.5, 0]])
+    np.testing.assert_allclose(rows.value[:2], [1.0 + GAMMA**4 * 8.5, 1.0])
+
+
 def test_the_tail_of_row_t_is_discounted_by_gamma_to_the_h_minus_t() -> None:
     horizon = 4
     rows = estimate("mve_tdk", transition([0.0], [1.0]), imagined([[0.0]] * horizon))

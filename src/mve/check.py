@@ -9,25 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import jax
-import jax.numpy as jnp
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
+from mve.envs.given import What, action_dtype, fault
 from mve.envs.host import HostEnv, native_action, random_actions
 from mve.envs.known import known_functions
 from mve.types import Json, Known, UserError
-
-What: TypeAlias = Literal["reward", "termination"]
 
 TOLERANCE = 1e-4  # share of the largest reward observed: room for float32, and for a simulator's rounding
 SMALLEST_TOLERANCE = 1e-6
 SHOWN = 5  # disagreements
 WIDEST = 6  # numbers of a vector that are printed
-LEADING_AXES = ((), (7,), (2, 7))  # tried on every function; lengths that few spaces share
 NOTHING = Known()
 
 
@@ -97,9 +94,9 @@ def check(
     """
     host = HostEnv(env, seed=seed)
     candidates = _candidates(env, host.spec.name, known, sources or {})
-    faults = [_fault(c, host.spec.obs_size, env.action_space) for c in candidates]
+    faults = [fault(str(c), c.what, c.function, host.spec.obs_size, env.action_space) for c in candidates]
     if any(faults):
-        raise UserError("; ".join(fault for fault in faults if fault))
+        raise UserError("; ".join(filter(None, faults)))
     played = play(env, host, steps, seed)
     scores = [
         _score_reward(c, played, tolerance) if c.what == "reward" else _score_termination(c, played)
@@ -129,50 +126,13 @@ def play(env: gym.Env, host: HostEnv, steps: int, seed: int) -> Steps:
     agents_action = np.asarray(rows.action)
     return Steps(
         obs=np.asarray(rows.obs),
-        action=native_action(space, agents_action).astype(_action_dtype(space)),
+        action=native_action(space, agents_action).astype(action_dtype(space)),
         next_obs=np.asarray(rows.next_obs),
         agents_action=agents_action,
         reward=np.asarray(rows.reward),
         terminated=np.asarray(rows.continuation) == 0,
         step=np.asarray(rows.step),
     )
-
-
-def _action_dtype(space: gym.Space) -> type:
-    """Of the actions that functions are given."""
-    return np.int32 if isinstance(space, Discrete) else np.float32
-
-
-def _fault(candidate: Candidate, obs_size: int, action_space: gym.Space) -> str | None:
-    """What keeps a function from being used at all, found from shapes alone: no step is played for it."""
-    kind, wanted = (jnp.floating, "float32") if candidate.what == "reward" else (jnp.bool_, "bool")
-    for shape in LEADING_AXES:
-        obs = jax.ShapeDtypeStruct((*shape, obs_size), jnp.float32)
-        one_action = action_space.shape or ()  # a discrete one is a number
-        action = jax.ShapeDtypeStruct((*shape, *one_action), _action_dtype(action_space))
-        given = f"{candidate}: given obs {obs.shape} and action {action.shape} it"
-        try:
-            told: Any = jax.eval_shape(candidate.function, obs, action, obs)
-        except Exception as error:  # the user's own code: whatever it raises
-            return f"{given} fails; {_reason(error)}"
-        if not hasattr(told, "shape"):
-            return f"{given} returns {type(told).__name__}, not an array"
-        if told.shape != shape:
-            hint = "take columns as obs[..., 0] and sums over axis=-1"
-            return f"{given} returns shape {told.shape}, not {shape}; {hint}"
-        if not jnp.issubdtype(told.dtype, kind):
-            return f"{given} returns {told.dtype}, not {wanted}"
-    return None
-
-
-def _reason(error: Exception) -> str:
-    """What was raised; for the two usual faults, what to write instead."""
-    if isinstance(error, jax.errors.TracerBoolConversionError):
-        return "JAX cannot compile `if` on a value: write jnp.where"
-    if isinstance(error, jax.errors.JAXTypeError):
-        return "JAX cannot compile it: use jax.numpy in place of numpy, float() and int()"
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def _told(candidate: Candidate, steps: Steps) -> np.ndarray:

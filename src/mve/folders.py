@@ -101,6 +101,24 @@ def refuse_taken(folder: Path) -> None:
         )
 
 
+def refuse_other(folder: Path, identity: Json, step: int) -> None:
+    """A run is not written over by another, nor by itself as it was before."""
+    if not (folder / "config.json").exists():
+        return
+    built = read(folder).config
+    held = identity_of(built)
+    if held != identity:
+        names = f"{held['algo']} with seed {held['seed']} on {held['env'] or 'an environment of your own'}"
+        raise UserError(f"{folder} holds another run, {names}; choose another folder")
+    if (last := max(checkpoint.steps(checkpoints(folder)), default=0)) > step:
+        raise UserError(f"{folder} stands at step {last}, this run at {step}; choose another folder")
+
+
+def identity_of(built: Config) -> Json:
+    """What checkpoints of a run, and of no other beside it, say of it."""
+    return {"env": built.env.id, "algo": built.algo, "seed": built.seed}
+
+
 def describe(folder: Path, built: Config, task: str, user_functions: list[str]) -> None:
     """Write what a run is and what it runs on; the folder is made."""
     try:

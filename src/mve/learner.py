@@ -172,6 +172,9 @@ class Learner:
     def learn(self, total_timesteps: int | None = None) -> Learner:
         """Train for so many more environment steps, or to the end of the configured budget.
 
+        What follows from the budget (when learning starts, how often a run is judged and saved) does so from
+        the first such number, unless `train.total_steps` is set.
+
         Ends with an evaluation, a checkpoint and the learning curve. On Ctrl-C what is in hand is finished
         and saved before KeyboardInterrupt is raised; on SIGTERM or SIGHUP likewise before SystemExit, with
         128 plus the signal's number. A second signal raises at once, and nothing more is saved. Raises
@@ -191,8 +194,8 @@ class Learner:
         if self._broken_off:
             raise UserError(self._gone)
         if total_timesteps is not None:
-            budget = replace(self.config.train, total_steps=self.num_timesteps + total_timesteps)
-            self.run.config = replace(self.config, train=budget)
+            done = self.num_timesteps
+            self.run.set_budget(done + total_timesteps, begun=done > 0 or not self._fresh)
             self.room = room.check(self.run, self.folder)
         schedule.check(self.config, self.recipe.fits_model)
 
@@ -208,8 +211,13 @@ class Learner:
         log.RunLog.truncate(self.folder, self.num_timesteps)
 
     def save(self, folder: Path | str) -> None:
-        """Configuration and training state, replay included, into a folder that `load` reads."""
+        """Configuration and training state, replay included, into a folder that `load` reads.
+
+        UserError where it holds another run, or one that is further on than this.
+        """
         with lock.held(Path(folder)):
+            if Path(folder).resolve() != self.folder.resolve():
+                folders.refuse_other(Path(folder), self.run.identity, self.num_timesteps)
             self.run.write_facts(Path(folder))
             program = Alone(self.recipe)
             rest = self.progress._replace(state=program.rest(self.state, 0))

@@ -36,6 +36,7 @@ METRICS, EVALUATIONS, VERSIONS, MUJOCO_LOG = "metrics.jsonl", "evaluations.csv",
 EVENTS = "events.log"
 STEP = "time/total_timesteps"
 COLUMNS = ("step", "episode", "return", "length")
+KINDS = (np.int64, np.int64, np.float64, np.int64)
 PACKAGES = ("numpy", "jax", "jaxlib", "equinox", "optax", "gymnasium", "mujoco", "dm-control")
 
 
@@ -155,16 +156,33 @@ def _number(value: Any) -> float | int | None:
 def _records(path: Path) -> list[Json]:
     """Whole records only: the last line of a run that is still writing, or was killed, may be cut short."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in _text(path).splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and STEP in record]
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get(STEP), int)]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, f"byte {error.start} is not text") from error
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is damaged: {why}; mend it, or remove it: checkpoints do not need it")
 
 
 def _rows(path: Path) -> list[list[str]]:
     # A row without its line end may have lost digits, so it is not trusted either.
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [row for row in csv.reader(whole.splitlines()[1:]) if len(row) == len(COLUMNS)]
+    whole, _, _ = _text(path).rpartition("\n")
+    rows = [row for row in csv.reader(whole.splitlines()[1:]) if len(row) == len(COLUMNS)]
+    for row in rows:
+        try:
+            [kind(cell) for kind, cell in zip(KINDS, row, strict=True)]
+        except ValueError as error:
+            raise _damaged(path, f"{','.join(row)!r} is not {','.join(COLUMNS)}") from error
+    return rows
 
 
 def read_metrics(folder: Path) -> dict[str, np.ndarray]:
@@ -173,7 +191,10 @@ def read_metrics(folder: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{folder} is not a run folder: it has no {METRICS}")
     records = _records(folder / METRICS)
     names = dict.fromkeys(name for record in records for name in record)
-    return {name: np.array([record.get(name) for record in records], np.float64) for name in names}
+    try:
+        return {name: np.array([record.get(name) for record in records], np.float64) for name in names}
+    except (TypeError, ValueError) as error:
+        raise _damaged(folder / METRICS, str(error)) from error
 
 
 def read_evaluations(folder: Path) -> dict[str, np.ndarray]:
@@ -181,10 +202,9 @@ def read_evaluations(folder: Path) -> dict[str, np.ndarray]:
     if not (folder / EVALUATIONS).is_file():
         raise UserError(f"{folder} is not a run folder: it has no {EVALUATIONS}")
     rows = _rows(folder / EVALUATIONS)
-    kinds = (np.int64, np.int64, np.float64, np.int64)
     return {
-        name: np.array([kind(row[i]) for row in rows], kind)
-        for i, (name, kind) in enumerate(zip(COLUMNS, kinds, strict=True))
+        name: np.array([row[i] for row in rows]).astype(kind)
+        for i, (name, kind) in enumerate(zip(COLUMNS, KINDS, strict=True))
     }
 
 

@@ -26,6 +26,7 @@ from mve.divergence import Watch
 from mve.dynamics import DynamicsConfig
 from mve.envs import device_env, host, oracle
 from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
+from mve.envs.given import What, fault
 from mve.envs.host import BrokenOffError, HostEnv
 from mve.envs.known import name_of, never
 from mve.envs.stepped import Here, Restarts, Stepped
@@ -66,7 +67,9 @@ class Run:
             restarts=self.restarts,
         )
         self.spec: EnvSpec = self.env.spec
+        functions = _sound({"reward": reward_fn, "termination": termination_fn}, self.spec, instance)
         config.check_actions(built, self.spec)
+        self._asked = built
         self.config = schedule.with_budgets(built, self.spec.max_episode_steps)
         self.device = device_env.of(  # takes its steps in place of `env`, if there is one
             instance,
@@ -78,9 +81,7 @@ class Run:
             keeps_density=built.targets.reads_segments,
         )
         self.recipe = self._make_recipe()
-        self.user_functions = [
-            name for name, fn in (("reward", reward_fn), ("termination", termination_fn)) if fn is not None
-        ]
+        self.user_functions: list[str] = list(functions)
         self.folder = Path()
         self.seconds = 0.0  # of training, up to where the run stands
         self.recent: deque[Episode] = deque(maxlen=RECENT_EPISODES)
@@ -88,6 +89,17 @@ class Run:
         self.watch = Watch()
         self.judged: Json | None = None  # by the last evaluation, and at which step
         self._eval_envs: list[Stepped] = []
+
+    def set_budget(self, total_steps: int, *, begun: bool) -> None:
+        """Train to so many steps. What follows from the budget does as well, before anything has begun and
+        where no other budget was asked for."""
+        asked = self._asked
+        if begun or asked.train.total_steps:
+            self.config = replace(self.config, train=replace(self.config.train, total_steps=total_steps))
+            return
+        asked = replace(asked, train=replace(asked.train, total_steps=total_steps))
+        self.config = schedule.with_budgets(asked, self.spec.max_episode_steps)
+        self.recipe = self._make_recipe()
 
     def _make_recipe(self) -> Recipe:
         settings = self.config
@@ -279,7 +291,7 @@ class Run:
     @property
     def identity(self) -> Json:
         """What checkpoints of this run, and of no other beside it, say of it."""
-        return {"env": self.config.env.id, "algo": self.config.algo, "seed": self.config.seed}
+        return folders.identity_of(self.config)
 
     def freeze(self, progress: Progress, ring: Ring, shelf: Shelf) -> Frozen:
         """A checkpoint of this run to be written, given its progress without the replay's rows, and these."""
@@ -334,6 +346,19 @@ def _stepped(settings: EnvConfig, env: gym.Env, obs_size: int) -> Stepped:
     if settings.is_apart:
         return Worker(settings, obs_size)
     return Here(env, obs_size, partial(host.make, settings) if settings.id else None)
+
+
+def _sound(given: Mapping[What, RewardFn | TerminationFn | None], spec: EnvSpec, env: gym.Env) -> list[What]:
+    """Which functions the user has given; UserError for one that cannot be used."""
+    found: list[What] = []
+    for what, function in given.items():
+        if function is None:
+            continue
+        name = f"{what} function {getattr(function, '__name__', function)}"
+        if why := fault(name, what, function, spec.obs_size, env.action_space):
+            raise UserError(f"{why} (`mve check` asks it of real steps as well)")
+        found.append(what)
+    return found
 
 
 def _known(settings: DynamicsConfig, spec: EnvSpec, name: str) -> Known:

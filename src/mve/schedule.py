@@ -81,6 +81,11 @@ def check(config: Config, fits_model: bool) -> None:
             f"the model is first fitted at step {first_refit} (dynamics.learning_starts + interval_steps), "
             f"after train.learning_starts = {train.learning_starts}; set dynamics.initial_fits"
         )
+    if 0 < config.imagination.trust < 1:
+        raise UserError(
+            f"imagination.trust = {config.imagination.trust} would stop rollouts at their first step, and "
+            "leave the imagination buffer empty; set it to 1 or more (2 is usual), or to 0"
+        )
     if config.imagination.trust and not config.imagination.starts:
         raise UserError(
             f"imagination.trust = {config.imagination.trust} stops rollouts into the imagination buffer, and "
@@ -97,6 +102,11 @@ def check(config: Config, fits_model: bool) -> None:
 def _check_estimator(config: Config) -> None:
     """Refuse a target that the agent, or the blocks of real steps, cannot give."""
     targets, block_steps = config.targets, config.train.block_steps
+    if config.agent.scales_values and float(targets.discount) == 1.0:
+        raise UserError(
+            "targets.discount = 1 has no bounds of values, which agent.value_bounds_rate asks for; lower it, "
+            "or set agent.value_bounds_rate=0 and agent.value_bins=0"
+        )
     if targets.reads_segments and not config.agent.has_density:
         others = ", ".join(name for name, (settings, _) in AGENTS.items() if settings().has_density)
         raise UserError(
@@ -145,7 +155,8 @@ def _check_n_step(config: Config) -> None:
     if config.agent.scales_values and not (targets.imagined_steps or shared):
         raise UserError(
             f"{asked}, and agent.value_bounds_rate asks what single steps earn, which imagined ones say, and "
-            "there are none; set agent.value_bounds_rate=0, or have some imagined (targets.estimator=mve)"
+            "there are none; have some imagined (targets.estimator=mve), or set agent.value_bounds_rate=0 "
+            "and agent.value_bins=0"
         )
 
 

@@ -31,6 +31,7 @@ from mve.types import (
     SharedObjective,
     Transition,
     Unit,
+    UserError,
     Widths,
 )
 
@@ -86,7 +87,7 @@ class AgentConfig:
 class ActorCriticConfig(AgentConfig):
     """What DDPG, TD3 and SAC have in common."""
 
-    action_layer: int = 0
+    action_layer: Count = 0
     """Layer of the critic where the action enters: 0 beside the observation, 1 after a hidden layer."""
     actor_learning_rate: Rate = 3e-4
     """Adam's step size."""
@@ -95,6 +96,13 @@ class ActorCriticConfig(AgentConfig):
     every value is 0, or the centre of its bounds (DHMBPO)."""
     hidden_gain: NonNegative = 1.0
     """Of the critics' other layers at the start, likewise: 1 is PyTorch's, sqrt(6) He's (DHMBPO)."""
+
+    def __post_init__(self) -> None:
+        if self.action_layer > len(self.hidden):
+            raise UserError(
+                f"agent.action_layer = {self.action_layer} is beyond the critic's last layer, "
+                f"{len(self.hidden)}, with agent.hidden = {list(self.hidden)}; lower it"
+            )
 
 
 Objective: TypeAlias = ObjectiveFn | SharedObjective | None

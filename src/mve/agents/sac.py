@@ -99,6 +99,7 @@ class SACConfig(ActorCriticConfig):
         return self.value_bounds_rate > 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.target_critics > self.critics:
             raise UserError(
                 f"agent.target_critics = {self.target_critics} is more than agent.critics = {self.critics}; "

@@ -281,7 +281,11 @@ class HostEnv:
         """
         if self._lost:
             return None
-        taken = self._stepped.take() if self._begun else Snapshot({}, {"arrays": {}})
+        try:
+            taken = self._stepped.take() if self._begun else Snapshot({}, {"arrays": {}})
+        except Fault:
+            self.lose()
+            return None
         if taken is None:
             return None
         arrays, facts = taken
