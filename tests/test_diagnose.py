@@ -21,9 +21,11 @@ from mve import Learner, diagnose, dynamics, episodes, measure, replay
 from mve.agents import Agent
 from mve.agents.base import action_values
 from mve.agents.ddpg import DDPGConfig
+from mve.agents.sac import SACConfig
 from mve.cli import main
 from mve.dynamics import Dynamics, DynamicsConfig
 from mve.envs import oracle
+from mve.imagine import ImaginationConfig
 from mve.measure import OpenLoop, Played
 from mve.networks import MLP
 from mve.policies import Policy
@@ -294,9 +296,8 @@ def test_the_selector_takes_the_nearest_target_of_every_state() -> None:
     assert measure.selector(by_horizon[:1], by_horizon[0], earned)["share_won"] is None
 
 
-def test_the_target_that_training_makes_is_the_one_that_is_judged() -> None:
-    rows = jax.tree.map(jnp.asarray, played().rows)
-    state = TrainState(
+def judged_state() -> TrainState:
+    return TrainState(
         replay=replay.init(1, 1, 1),
         model=model_with((0.0, 0.0)),
         calibration=None,
@@ -305,12 +306,32 @@ def test_the_target_that_training_makes_is_the_one_that_is_judged() -> None:
         num_env_steps=jnp.int32(0),
         key=jax.random.key(0),
     )
+
+
+def test_the_target_that_training_makes_is_the_one_that_is_judged() -> None:
+    rows, state = jax.tree.map(jnp.asarray, played().rows), judged_state()
     by_horizon = measure.targets_by_horizon(state.agent, state.model, RECIPE, rows, 2)
     steve = replace(RECIPE, targets=replace(RECIPE.targets, estimator="steve_mean"))
     everywhere = jnp.arange(len(rows.reward))
     for recipe, expected in ((RECIPE, by_horizon[2]), (steve, by_horizon.mean(axis=0))):
         got = measure.estimated_targets(state, recipe, rows, everywhere)
         np.testing.assert_allclose(got.value, expected, rtol=1e-6)
+
+
+def test_a_real_row_of_a_shared_rollout_is_judged_by_a_step_more() -> None:
+    """As it is trained: the policy's own first action has a target of two steps, the real one of three."""
+    rows = jax.tree.map(jnp.asarray, played().rows)
+    buffered = ImaginationConfig(starts=1, first_step="imagined", real_share=0.5)
+    recipe = replace(RECIPE, agent=SACConfig(model_steps=3), imagination=buffered)
+    assert (RECIPE.expanded_steps, recipe.expanded_steps) == (2, 3)
+    assert replace(recipe, imagination=replace(buffered, real_share=0.0)).expanded_steps == 2
+    one_step = replace(recipe.targets, estimator="one_step")
+    assert replace(recipe, targets=one_step).expanded_steps == 0
+    state = judged_state()
+    by_horizon = measure.targets_by_horizon(state.agent, state.model, recipe, rows, 3)
+    got = measure.estimated_targets(state, recipe, rows, jnp.arange(len(rows.reward)))
+    np.testing.assert_allclose(got.value, by_horizon[3], rtol=1e-6)
+    assert not np.allclose(by_horizon[2], by_horizon[3])
 
 
 def test_scores_and_plain_numbers_are_as_worked_by_hand() -> None:

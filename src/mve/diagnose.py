@@ -68,7 +68,7 @@ class Judged(NamedTuple):
 def diagnose(learner: Learner, num_episodes: int = 5, *, from_replay: bool = False) -> Json:
     """Every number, as plain data: model error by depth, critic, targets by horizon, calibration."""
     settings, recipe = learner.config, learner.recipe
-    deepest = max(DEEPEST, settings.targets.imagined_steps)
+    deepest = max(DEEPEST, recipe.expanded_steps)
     simulator, why_not = None, "replay was asked for"
     with log.capture_mujoco_warnings(None):
         if from_replay:
@@ -165,7 +165,7 @@ def _targets(
     state, recipe = learner.state, learner.recipe
     rows, earned = judged.rows, judged.earned
     by_horizon = np.asarray(measure.targets_by_horizon(state.agent, state.model, recipe, rows, deepest))
-    used = max(recipe.targets.imagined_steps, recipe.targets.recalled_steps)
+    used = max(recipe.expanded_steps, recipe.targets.recalled_steps)
     estimated = measure.estimated_targets(state, recipe, judged.played, judged.starts)
     target, weights = np.asarray(estimated.value)[: len(earned)], plain(estimated.horizon_weight)
     shown = _thinned(np.arange(len(earned)), SAMPLES)

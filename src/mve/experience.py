@@ -174,7 +174,7 @@ def imagine_ahead(state: TrainState, recipe: Recipe, batch: Transition, key: Key
     if recipe.targets.shares_draws:
         policy = jax.vmap(policy, in_axes=(0, None))
     start, step_fn = _start_obs(batch, recipe), target_step(state, recipe, key)
-    return imagine.rollout(step_fn, policy, start, recipe.targets.imagined_steps, key)
+    return imagine.rollout(step_fn, policy, start, recipe.expanded_steps, key)
 
 
 def _start_obs(batch: Transition, recipe: Recipe) -> Array:

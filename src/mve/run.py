@@ -132,7 +132,7 @@ class Run:
         if not self.recipe.uses_model:
             return f"{text}; no model"
         uses = {
-            f"H = {cfg.targets.imagined_steps}": cfg.targets.imagined_steps,
+            f"H = {self.recipe.expanded_steps}": self.recipe.expanded_steps,
             f"actor through {cfg.agent.model_steps} model steps": cfg.agent.model_steps,
             f"{cfg.imagination.starts} rollouts every {_interval(cfg.imagination)}": cfg.imagination.starts,
         }
@@ -264,7 +264,7 @@ class Run:
             raise self.diverged(f"{what} is not finite", step)
         said = {k: x for k, x in numbers.items() if fits or np.isfinite(x) or not k.startswith("model/")}
         said["train/n_updates"] = float(updates)
-        said["mve/horizon"] = float(self.config.targets.imagined_steps)
+        said["mve/horizon"] = float(self.recipe.expanded_steps)
         self.metrics |= said
         if exploding := self.watch.exploding(numbers, self.config, self.spec.action_size):
             warnings.warn(f"{exploding} (step {step})", RuntimeWarning, stacklevel=2)

@@ -51,6 +51,12 @@ class Recipe:
         return round(self.imagination.real_share * self.agent.batch_size)
 
     @property
+    def expanded_steps(self) -> int:
+        """Imagined steps of a real row's target."""
+        shares = self.shares_rollout and self.real_rows > 0
+        return self.targets.shared_steps if shares else self.targets.imagined_steps
+
+    @property
     def fits_model(self) -> bool:
         return self.uses_model and self.simulator is None
 

@@ -115,7 +115,7 @@ def shared_targets(shared: Shared, state: TrainState, config: TargetsConfig, key
         return targets.estimate(shared.first, ahead, estimator_fns(state, key), config)
     count, size = len(shared.real.reward), len(shared.first.reward)
     real_key, key = jax.random.split(key)
-    whole = imagine.first_steps(shared.whole, 1 + horizon if horizon else 0)
+    whole = imagine.first_steps(shared.whole, config.shared_steps)
     of_real: Imagined = jax.tree.map(lambda x: x[:, :count], whole)
     real = targets.estimate(shared.real, of_real, estimator_fns(state, real_key), config)
     if count == size:

@@ -63,6 +63,12 @@ class TargetsConfig:
         return 0 if self.estimator in ("one_step", "retrace") else self.horizon_steps
 
     @property
+    def shared_steps(self) -> int:
+        """Those of a real row where the policy's own next action is imagined too and has a target of as many
+        as it asks for: one more. Where nothing is expanded, none."""
+        return 1 + self.imagined_steps if self.imagined_steps else 0
+
+    @property
     def recalled_steps(self) -> int:
         """Real steps after each sampled one that the estimator asks for."""
         return self.horizon_steps if self.estimator == "retrace" else 0
