@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete
+from gymnasium.wrappers import NormalizeObservation
 
 import mve
-from mve import Learner
+from mve import Learner, log
 from mve.types import UserError
 
 SMALL = (
@@ -184,6 +185,18 @@ def test_an_evaluation_environment_that_is_given_is_used() -> None:
     given = gym.make("Pendulum-v1", g=5.0)
     learner = Learner("Pendulum-v1", "mve-sac", settings=SMALL, eval_env=given)
     assert learner.run.another_env().unwrapped.g == 5.0  # pyright: ignore
+
+
+def test_an_evaluation_sees_what_wrappers_have_gathered_in_training(tmp_path: Path) -> None:
+    """Whenever it is, and in whatever process: not what copies have gathered since their first evaluation."""
+    run = Learner(NormalizeObservation(Slide()), "sac", settings=SAC, run_dir=tmp_path / "run", quiet=True)
+    run.learn(120)
+    again = Learner.load(tmp_path / "run", NormalizeObservation(Slide()), quiet=True)
+    assert eqx.tree_equal(again.state, run.state)
+    first = run.evaluate()
+    np.testing.assert_array_equal(first.returns, again.evaluate().returns)
+    np.testing.assert_array_equal(first.returns, run.evaluate().returns)
+    np.testing.assert_allclose(first.returns, log.read_evaluations(run.folder)["return"][-2:], rtol=1e-6)
 
 
 def test_your_own_functions_are_used_and_asked_for_again(tmp_path: Path) -> None:

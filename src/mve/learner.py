@@ -189,6 +189,10 @@ class Learner:
             go_on([self], self.folder)
         return self
 
+    def close(self) -> None:
+        """Give up the environments, and the processes that they may be in; your own instance stays open."""
+        self.run.close()
+
     def set_budget(self, total_timesteps: int | None) -> None:
         """So many more environment steps, or the configured budget; nothing is written."""
         if self._broken_off:

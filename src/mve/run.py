@@ -226,6 +226,9 @@ class Run:
             return Evaluation(*self.device.evaluate(policy, step, wanted, LONGEST_EPISODE))
         if self._eval_env is not None:
             settings = EnvConfig()  # an instance is stepped here
+        if not settings.id:
+            # Copied anew: wrappers that gather statistics have the instance's, whenever the run was resumed.
+            self._eval_envs.clear()
         # A process holds one environment: evaluation keeps a single one, whose episodes follow one another.
         while len(self._eval_envs) < (1 if settings.is_apart else wanted):
             self._eval_envs.append(_stepped(settings, self.another_env(), self.spec.obs_size))
@@ -235,6 +238,15 @@ class Run:
             self.action_space,
             **{"episodes": wanted, "seed": self.config.seed, "step": step, "restarts": self.restarts},
         )
+
+    def close(self) -> None:
+        """Give up the environments, and the processes that they may be in; an instance of the user's own
+        stays open."""
+        for env in self._eval_envs:
+            env.close()
+        self._eval_envs.clear()
+        if self.config.env.id:
+            self.env.close()
 
     def another_env(self) -> gym.Env:
         """An environment of the same task, for evaluation."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from mve.types import Count, Json, Known, Seconds, Transition
+from mve.types import Count, Json, Known, Seconds
 
 # obs (S,) -> action (A,): in [-1, 1], or one-hot where the choice is among A
 HostPolicy: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -65,23 +65,3 @@ class Snapshot(NamedTuple):
 
     arrays: dict[str, np.ndarray]
     facts: Json  # facts["arrays"] is the dtype and the shape of each of them
-
-
-class Env(Protocol):
-    """One environment, collected in blocks; episodes run on across them."""
-
-    spec: EnvSpec
-
-    def collect(self, policy: HostPolicy, num_steps: int) -> tuple[Transition, list[Episode]]:
-        """The next `num_steps` real steps as a batch (T, ...), and the episodes that ended within."""
-        ...
-
-    def snapshot(self) -> Snapshot | None:
-        """All that the next `collect` depends on; None if it cannot be had."""
-        ...
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go on from there: the next `collect` gives the rows that would have followed, to the bit."""
-        ...
-
-    def close(self) -> None: ...
