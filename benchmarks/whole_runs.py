@@ -12,7 +12,7 @@ from pathlib import Path
 from measure import LONG, TASK, Effort, Json, Ours, compare, mve_sac, on_cores, sac, say, whole
 from workers import HERE, Worker
 
-# MBPO's HalfCheetah settings, in its own numbers; what is not said here is the preset's.
+# mbrl-lib's settings of MBPO on HalfCheetah; what is not said here is the preset's.
 MBPO = [
     "agent.hidden=[512,512]",
     "agent.batch_size=256",

@@ -30,7 +30,7 @@ SMALLER = {
     REPLAY: "replay.capacity or --steps",
     IMAGINED: "imagination.starts or imagination.rounds_kept",
     NETWORKS: "agent.hidden or dynamics.hidden",
-    UPDATE: "agent.batch_size or targets.horizon_steps",
+    UPDATE: "agent.batch_size, imagination.starts, targets.horizon_steps or agent.model_steps",
 }
 
 

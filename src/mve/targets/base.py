@@ -28,8 +28,8 @@ class TargetsConfig:
     calibrated: trust a horizon as such a spread has turned out to be right. retrace: no model; the real
     steps that followed, as far as the policy would have taken them."""
     horizon_steps: Count = 3
-    """H, imagined steps per target, or real ones for retrace; 0 is the base learner exactly. one_step does
-    not read it."""
+    """H, imagined steps per target, or real ones for retrace; 0 is the base learner exactly (but for STEVE's
+    with several critics, which take their mean). one_step does not read it."""
     discount: Discount = 0.99
     """gamma, per environment step. episode: from the most steps L that the task's time limit allows,
     clip((L/5 - 1)/(L/5), 0.95, 0.995), the latter where it sets none (DHMBPO, TD-MPC2)."""
