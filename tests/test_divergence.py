@@ -15,21 +15,14 @@ from mve import Learner, config, log, seeds, train
 from mve.divergence import EXPLODED, SUSTAINED, Watch, not_finite
 from mve.program import Alone, Together
 from mve.state import Capacity, initial_state
-from mve.types import DivergedError, Transition
+from mve.types import DivergedError
 
 CONFIG = config.build("Pendulum-v1", "sac", ["targets.discount=0.9"])
 RUN = [*SAC, "train.checkpoint_interval=80"]
 
 
-def block(reward: list[float], obs: float = 1.0) -> Transition:
-    count = len(reward)
-    two, one, whole = (
-        np.full((count, 2), obs, np.float32),
-        np.ones(count, np.float32),
-        np.ones(count, np.int32),
-    )
-    rows: Any = (two, two[:, :1], np.array(reward, np.float32), two, one, whole, whole, one)
-    return Transition(*rows)
+def steps(reward: list[float], obs: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(reward, np.float32), np.full((len(reward), 2), obs, np.float32)
 
 
 def test_what_is_not_finite_is_named_and_a_model_that_was_not_fitted_is_not_asked() -> None:
@@ -43,7 +36,7 @@ def test_what_is_not_finite_is_named_and_a_model_that_was_not_fitted_is_not_aske
 
 def test_values_beyond_all_rewards_are_said_once_and_only_if_they_last() -> None:
     watch = Watch()
-    watch.see(block([-1.0, 2.0]))
+    watch.see(*steps([-1.0, 2.0]))
     bound = 2.0 / (1 - 0.9)
     within, beyond = {"train/q_mean": EXPLODED * bound * 0.99}, {"train/q_mean": -EXPLODED * bound * 1.01}
     said = [watch.exploding(numbers, CONFIG, 1) for numbers in [*[beyond] * (SUSTAINED - 1), within]]
@@ -59,9 +52,9 @@ def test_values_beyond_all_rewards_are_said_once_and_only_if_they_last() -> None
 def test_an_entropy_bonus_is_allowed_for_and_rewards_of_nothing_tell_nothing() -> None:
     watch = Watch()
     large = {"train/q_mean": 1000.0}
-    watch.see(block([0.0]))
+    watch.see(*steps([0.0]))
     assert not any(watch.exploding(large, CONFIG, 1) for _ in range(2 * SUSTAINED))
-    watch.see(block([0.001]))
+    watch.see(*steps([0.001]))
     bonus = large | {"train/ent_coef": 5.0}
     assert not any(watch.exploding(bonus, CONFIG, 2 * SUSTAINED) for _ in range(2 * SUSTAINED))
     assert any(watch.exploding(large, CONFIG, 1) for _ in range(SUSTAINED))
@@ -69,8 +62,8 @@ def test_an_entropy_bonus_is_allowed_for_and_rewards_of_nothing_tell_nothing() -
 
 def test_ranges_survive_a_checkpoint() -> None:
     watch, other = Watch(), Watch()
-    watch.see(block([-1.0, 2.0]))
-    watch.see(block([1.0], obs=-7.0))
+    watch.see(*steps([-1.0, 2.0]))
+    watch.see(*steps([1.0], obs=-7.0))
     other.restore(watch.facts())
     assert (other.reward, other.obs) == ((-1.0, 2.0), (-7.0, 1.0))
     other.restore({})
@@ -79,7 +72,7 @@ def test_ranges_survive_a_checkpoint() -> None:
 
 def test_the_diagnosis_shows_what_was_seen_and_what_to_try() -> None:
     watch = Watch()
-    watch.see(block([-1.0, 5000.0], obs=1e6))
+    watch.see(*steps([-1.0, 5000.0], obs=1e6))
     text = "\n".join(watch.diagnosis("the critic's loss", {"train/critic_loss": 3.5, "model/loss": 1.0}))
     for words in (
         "critic loss 3.5",

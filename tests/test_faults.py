@@ -269,17 +269,17 @@ def test_an_environment_that_fails_at_once_is_what_is_told(tmp_path: Path) -> No
 
 
 def test_a_run_that_restarts_says_so_in_its_records(tmp_path: Path) -> None:
-    settings = ("env.on_fault=restart", "env.max_restarts=3")
+    settings = ("env.on_fault=restart", "env.max_restarts=5")
     run = learner(Walk(at=115, fault="nan"), tmp_path / "run", *settings, eval_env=Walk(at=20)).learn()
     assert run.num_timesteps == 200
     rows = run.state.replay.rows
     assert all(np.isfinite(column).all() for column in rows)
-    assert log.read_metrics(run.folder)["env/restarts"][-1] == 3
+    assert log.read_metrics(run.folder)["env/restarts"][-1] == 5
     told = (tmp_path / "run" / log.EVENTS).read_text().splitlines()
-    # Each of the two environments that an evaluation is played in, at its twentieth step.
-    assert ["evaluation episode" in line for line in told] == [True, True, False]
-    assert "restart 3 of 3" in told[2]
-    assert Learner.load(tmp_path / "run", Walk()).run.restarts.used == 3
+    # Each of the two copies that an evaluation is played in, at its twentieth step.
+    assert ["evaluation episode" in line for line in told] == [True, True, False, True, True]
+    assert "restart 5 of 5" in told[4]
+    assert Learner.load(tmp_path / "run", Walk()).run.restarts.used == 5
 
 
 def test_an_evaluation_that_fails_leaves_everything_saved(tmp_path: Path) -> None:

@@ -171,6 +171,14 @@ def test_densities_are_the_policys_or_those_of_random_actions() -> None:
     assert not collected(made(Counting()), 0).block.log_density.any()
 
 
+def test_what_was_paid_and_shown_is_taken_note_of(tmp_path: Path) -> None:
+    """By it values beyond all rewards are told; rows that pad a block are not among them."""
+    run = Learner(Counting(terminates=7), "sac", run_dir=tmp_path / "run", settings=SMALL, quiet=True).learn()
+    assert run.run.watch.reward == (0.0, 6.0)
+    assert run.run.watch.obs is not None
+    assert run.run.watch.obs[1] <= 10.0
+
+
 def test_a_number_that_is_not_finite_is_found_where_it_is() -> None:
     found = rows(Counting(terminates=10, spoilt=4), blocks=1)
     np.testing.assert_array_equal(found.sound, np.arange(BLOCK) != 4)

@@ -153,15 +153,17 @@ class OnDevice:
         if self._unread is None:
             return
         (step, count, collected), self._unread = self._unread, None
-        facts = jax.device_get((collected.over, collected.length, collected.ret, collected.sound))
+        block, *ended = collected
+        facts = jax.device_get((*ended, block.reward, block.next_obs))
         parts = self.program.each(facts)
-        for run, (over, length, ret, sound) in zip(self.runs, parts, strict=True):
+        for run, (over, length, ret, sound, reward, obs) in zip(self.runs, parts, strict=True):
             if not sound[:count].all():
                 where = step + 1 + int(np.argmin(sound[:count]))
                 raise SpoiltError(
                     f"{run.spec.name}: the observation or reward of step {where} is not finite; the run ends "
                     "at its last checkpoint"
                 )
+            run.watch.see(reward[:count], obs[:count])
             run.recent.extend(Episode(float(ret[i]), int(length[i])) for i in np.flatnonzero(over))
 
     def settle(self) -> None:

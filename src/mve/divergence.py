@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mve.config import Config
-from mve.types import Json, Transition
+from mve.types import Json
 
 # What has to be finite after a block of updates; the model's only if it was fitted.
 LOSSES = {
@@ -47,11 +47,10 @@ class Watch:
         self._beyond = 0  # blocks in a row
         self._said = False
 
-    def see(self, block: Transition) -> None:
-        """Take note of real rows, padding left out."""
-        if len(block.reward):
-            self.reward = _widened(self.reward, block.reward)
-            self.obs = _widened(self.obs, block.next_obs)
+    def see(self, reward: np.ndarray, obs: np.ndarray) -> None:
+        """Take note of what real steps were paid (T,) and showed (T, S)."""
+        if len(reward):
+            self.reward, self.obs = _widened(self.reward, reward), _widened(self.obs, obs)
 
     def facts(self) -> Json:
         """What a checkpoint keeps."""

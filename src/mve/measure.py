@@ -238,7 +238,7 @@ def on_policy(
     deepest: int,
 ) -> tuple[Imagined, Imagined]:
     """What the model imagines from real states, and what the simulator makes of the same actions."""
-    step_fn = partial(dynamics.step, model, recipe.known, recipe.dynamics)
+    step_fn = dynamics.rollout_step(model, recipe.known, recipe.dynamics, jax.random.key(DRAWS + 2))
     imagined = imagine.rollout(step_fn, agent.target_policy, obs, deepest, jax.random.key(DRAWS + 2))
 
     def deeper(obs: Array, action: Array) -> tuple[Array, tuple[Array, ...]]:

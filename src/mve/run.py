@@ -187,7 +187,7 @@ class Run:
         if self.config.targets.reads_segments:
             block = block._replace(log_density=self._log_density(policy, block))  # pyright: ignore[reportArgumentType]
         self.recent.extend(ended)
-        self.watch.see(block)
+        self.watch.see(np.asarray(block.reward), np.asarray(block.next_obs))
         missing = self.config.train.block_steps - len(block.obs)
         return jax.tree.map(lambda x: np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]), block)
 

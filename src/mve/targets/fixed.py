@@ -47,7 +47,8 @@ def mve_tdk(batch: Transition, imagined: Imagined, ask: EstimatorFns, config: Ta
     soft_value = returns_to_go(
         imagined.reward + imagined.bonus, config.discount * imagined.continuation, value
     )
-    going_on = (batch.continuation > 0).astype(jnp.float32)  # it holds discounts too where steps are summed
+    # Where several real steps are summed the continuation holds their discounts as well.
+    going_on = (batch.continuation > 0).astype(batch.continuation.dtype)
     alive = jnp.cumprod(jnp.concatenate([going_on[None], imagined.continuation[:-1]]), axis=0)
     kept = jnp.maximum(jnp.sum(alive, axis=1, keepdims=True), 1.0)
 
