@@ -102,7 +102,7 @@ def check(config: Config, fits_model: bool) -> None:
 def _check_estimator(config: Config) -> None:
     """Refuse a target that the agent, or the blocks of real steps, cannot give."""
     targets, block_steps = config.targets, config.train.block_steps
-    if config.agent.scales_values and float(targets.discount) == 1.0:
+    if config.agent.scales_values and targets.discount == 1:
         raise UserError(
             "targets.discount = 1 has no bounds of values, which agent.value_bounds_rate asks for; lower it, "
             "or set agent.value_bounds_rate=0 and agent.value_bins=0"
