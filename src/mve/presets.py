@@ -346,7 +346,7 @@ PRESETS: dict[str, Preset] = {
     # them in few updates, where the model, which seldom falls, hid them from the critic. Random steps are not
     # summed, for no policy acts like that, and critics learn a histogram of values: either alone does little,
     # both together hop ten thousand steps sooner. What is evaluated is an average over the last twentieth of
-    # the updates, and the actor's rate falls: from one to the next, a gait as sharp as these trips, or not.
+    # the updates, and the actor's rate falls: from one to the next, a gait as sharp as these trips or does not.
     "mve-svg": Preset(
         "MVE for the critic, value gradients for the actor, of the same three imagined steps: the default",
         "ours, after Feinberg et al. 2018, arXiv 1803.00101; Kubo et al. 2025, TMLR",
