@@ -93,6 +93,7 @@ VARIANTS = {
     "short-branches": Variant("mve-svg", ("imagination.length=[5,5]",)),
     "preserved-values": Variant("mve-svg", ("agent.preserve_values=true",)),
     "histogram-critics": Variant("mve-svg", ("agent.value_bins=101",)),
+    "histograms-no-warm-up-sums": Variant("mve-svg", ("agent.value_bins=101", "targets.n_step_warmup=false")),
     "trusted-branches": Variant("mve-svg", ("imagination.trust=2",)),
     "learned-termination": Variant("mve-svg", ("dynamics.termination=learned",)),
     "honest-noise": Variant("mve-svg", ("dynamics.bootstrap=true", "dynamics.noise_rows=unseen")),
