@@ -136,8 +136,8 @@ class RunLog:
                 records = [record for record in _records(path) if record[STEP] <= step]
                 _write_text(path, "".join(json.dumps(record) + "\n" for record in records))
             if (path := folder / EVALUATIONS).exists():
-                rows = [row for row in _rows(path) if int(row[0]) <= step]
-                _write_text(path, "".join(",".join(row) + "\n" for row in [COLUMNS, *rows]))
+                rows = [row for row in _rows(path) if row[0] <= step]
+                _write_text(path, "".join(",".join(map(str, row)) + "\n" for row in [COLUMNS, *rows]))
         except OSError as error:
             raise _cannot_write(folder, error) from error
 
@@ -173,15 +173,16 @@ def _damaged(path: Path, why: str) -> UserError:
     return UserError(f"{path} is damaged: {why}; mend it, or remove it: checkpoints do not need it")
 
 
-def _rows(path: Path) -> list[list[str]]:
+def _rows(path: Path) -> list[tuple[Any, ...]]:
     # A row without its line end may have lost digits, so it is not trusted either.
     whole, _, _ = _text(path).rpartition("\n")
-    rows = [row for row in csv.reader(whole.splitlines()[1:]) if len(row) == len(COLUMNS)]
-    for row in rows:
-        try:
-            [kind(cell) for kind, cell in zip(KINDS, row, strict=True)]
-        except ValueError as error:
-            raise _damaged(path, f"{','.join(row)!r} is not {','.join(COLUMNS)}") from error
+    rows = []
+    for row in csv.reader(whole.splitlines()[1:]):
+        if len(row) == len(COLUMNS):
+            try:
+                rows.append(tuple(kind(cell) for kind, cell in zip(KINDS, row, strict=True)))
+            except ValueError as error:
+                raise _damaged(path, f"{','.join(row)!r} is not {','.join(COLUMNS)}") from error
     return rows
 
 
@@ -203,7 +204,7 @@ def read_evaluations(folder: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{folder} is not a run folder: it has no {EVALUATIONS}")
     rows = _rows(folder / EVALUATIONS)
     return {
-        name: np.array([row[i] for row in rows]).astype(kind)
+        name: np.array([row[i] for row in rows], kind)
         for i, (name, kind) in enumerate(zip(COLUMNS, KINDS, strict=True))
     }
 
