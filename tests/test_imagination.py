@@ -111,7 +111,7 @@ def test_rollouts_stop_where_members_disagree_more_than_they_do_at_first() -> No
     rates = jnp.array([0.5, -0.5])
     trusting, blind = (recipe(starts=64, length=(3, 3), rounds_kept=1, trust=trust) for trust in (2.0, 0.0))
     two = DynamicsConfig(hidden=(), members=2, stay_in_data=False)
-    seen = []
+    seen, kept = [], []
     for ours in (replace(trusting, dynamics=two), replace(blind, dynamics=two)):
         state = state_of(ours)
         assert state.model is not None
@@ -122,9 +122,12 @@ def test_rollouts_stop_where_members_disagree_more_than_they_do_at_first() -> No
         state = replace(state, model=model, replay=replace(state.replay, rows=real))
         apart = dynamics.disagreement(model, jnp.array([[1.0, 3.0]] * 4), jnp.ones((4, 1)), jax.random.key(0))
         np.testing.assert_allclose(apart, (1 + 9) / 2, rtol=1e-6)
-        seen.append(np.unique(rows_of(filled(state, ours).imagined).obs))
+        buffer, metrics = BRANCH(state, ours, jax.random.key(0))
+        seen.append(np.unique(rows_of(buffer).obs))
+        kept.append(float(metrics["imagination/kept"]) * 3 * 64 / int(buffer.size))
     np.testing.assert_allclose(seen[0], [0.25, 0.5, 0.75, 1.0])
     np.testing.assert_allclose(seen[1], [0.25, 0.5, 0.75, 1.0, 1.5, 2.25])
+    np.testing.assert_allclose(kept, [1.0, 1.0], rtol=1e-6)
 
 
 def test_disagreement_is_in_units_of_the_noise_that_the_model_knows() -> None:

@@ -65,3 +65,4 @@ def test_every_preset_trains_on_a_probe_and_its_losses_are_finite(algo: str, tmp
     np.testing.assert_allclose(sum(weights), 1.0, rtol=1e-4)
     if "imagination.starts" in PRESETS[algo].settings:
         assert last["imagination/rows"] > 0
+        assert 0 < last["imagination/kept"] <= 1

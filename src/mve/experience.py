@@ -90,7 +90,8 @@ def _first_step(rows: Transition, policy: PolicyFn, step_fn: StepFn, key: Key) -
     return imagine.as_transition(imagine.rollout(step_fn, policy, rows.obs, 1, key), rows)
 
 
-Branch: TypeAlias = tuple[Replay, Transition, Array, Array]  # buffer, newest rows, who goes on, threshold
+# The buffer, its newest rows, which rollouts go on, steps kept by each on average, and when one is to stop.
+Branch: TypeAlias = tuple[Replay, Transition, Array, Array, Array]
 
 
 class Shared(NamedTuple):
@@ -141,7 +142,7 @@ def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics
 
     Branched rollouts (Janner et al. 2019, algorithm 2); long ones are the distribution rollouts of Kubo et
     al. 2025. What follows a predicted termination is not kept, nor is a step on which the model is not to be
-    trusted and what follows that.
+    trusted and what follows that. `imagination/kept` is the share of all steps that are.
     """
     start_key, rollout_key = jax.random.split(key)
     assert state.imagined is not None
@@ -150,7 +151,7 @@ def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics
     policy, step_fn = state.agent.current_policy, model_step(state, recipe, rollout_key)
 
     def step(t: Array, carry: Branch) -> Branch:
-        buffer, rows, alive, largest = carry
+        buffer, rows, alive, kept, largest = carry
         step_key = jax.random.fold_in(rollout_key, t)
         rows = _first_step(rows, policy, step_fn, step_key)
         if recipe.imagination.trust:
@@ -159,13 +160,13 @@ def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics
             usual = recipe.imagination.trust * jnp.quantile(apart, USUAL)
             largest = jnp.where(t == 0, usual, largest)
             alive = alive & (apart <= largest)
-        buffer = replay.add(buffer, rows, alive)
-        return buffer, rows._replace(obs=rows.next_obs), alive & (rows.continuation > 0), largest
+        buffer, kept = replay.add(buffer, rows, alive), kept + jnp.mean(alive, dtype=jnp.float32)
+        return buffer, rows._replace(obs=rows.next_obs), alive & (rows.continuation > 0), kept, largest
 
     everyone = jnp.ones(recipe.imagination.starts, bool)
-    begun = state.imagined, start, everyone, jnp.float32(jnp.inf)
-    buffer, *_ = jax.lax.fori_loop(0, length, step, begun)
-    return buffer, {"imagination/length": length.astype(jnp.float32)}
+    begun = state.imagined, start, everyone, jnp.float32(0.0), jnp.float32(jnp.inf)
+    buffer, _, _, kept, _ = jax.lax.fori_loop(0, length, step, begun)
+    return buffer, {"imagination/kept": kept / length.astype(jnp.float32)}
 
 
 def imagine_ahead(state: TrainState, recipe: Recipe, batch: Transition, key: Key) -> Imagined:

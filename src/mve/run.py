@@ -270,11 +270,12 @@ class Run:
     # Records
 
     def note(self, numbers: Mapping[str, float], step: int, *, fits: int, updates: int) -> None:
-        """What learning up to `step` said, `updates` of the agent in all. Where nothing is fitted, nothing
-        is said of fits: the last fit's word stands."""
+        """What learning up to `step` said, `updates` of the agent in all. Where nothing is fitted, or no
+        rollouts are taken, nothing is said of them: the last word on them stands."""
         if what := divergence.not_finite(numbers, fits):
             raise self.diverged(f"{what} is not finite", step)
-        said = {k: x for k, x in numbers.items() if fits or np.isfinite(x) or not k.startswith("model/")}
+        absent = ("imagination/",) if fits else ("imagination/", "model/")
+        said = {k: x for k, x in numbers.items() if np.isfinite(x) or not k.startswith(absent)}
         said["train/n_updates"] = float(updates)
         said["mve/horizon"] = float(self.recipe.expanded_steps)
         self.metrics |= said

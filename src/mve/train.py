@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ from mve.types import (
 )
 
 State = TypeVar("State")
+# Agent, imagination buffer, updates done, their metrics, rounds of rollouts, and theirs.
+Legs: TypeAlias = tuple[Agent, Replay, Array, Metrics, Array, Metrics]
 
 LEARN, ACT = 0, 1  # the streams of random draws that start from a run's root key
 traces: Counter[Recipe] = Counter()  # how often `learn_block` has been traced: once a run, or it is slow
@@ -254,8 +256,8 @@ def improve(
         state = replace(state, agent=chosen)
     if state.imagined is not None and not recipe.imagination.interval_updates:
         fill = lambda buffer, key: experience.branch(replace(state, imagined=buffer), recipe, key)  # noqa: E731
-        buffer, _ = _repeat(fill, state.imagined, due.rounds, branch_key)
-        state = replace(state, imagined=buffer)
+        buffer, rounds = _repeat(fill, state.imagined, due.rounds, branch_key)
+        state, metrics = replace(state, imagined=buffer), _if_any(rounds, due.rounds)
     if recipe.agent.critic_updates:
         critic_key, update_key = jax.random.split(update_key)
         count = due.refits * recipe.agent.critic_updates
@@ -292,23 +294,34 @@ def updated(
 
     end = done + times
 
-    def leg(carry: tuple[Agent, Replay, Array, Metrics]) -> tuple[Agent, Replay, Array, Metrics]:
-        agent, buffer, done, total = carry
+    def leg(carry: Legs) -> Legs:
+        agent, buffer, done, total, filled, of_rounds = carry
         fill_key, leg_key = jax.random.split(jax.random.fold_in(key, done))
         here, since = replace(state, agent=agent), (before + done) % every
         fill = lambda buffer, key: experience.branch(replace(here, imagined=buffer), recipe, key)  # noqa: E731
-        buffer, _ = _repeat(fill, buffer, (since == 0).astype(jnp.int32), fill_key)
+        fills = (since == 0).astype(jnp.int32)
+        buffer, of_round = _repeat(fill, buffer, fills, fill_key)
         count = jnp.minimum(every - since, end - done)
         here = replace(here, imagined=buffer)
         update = lambda agent, key: step(replace(here, agent=agent), key=key)  # noqa: E731
         agent, metrics = _repeat(update, agent, count, leg_key)
         share = count.astype(jnp.float32) / jnp.maximum(times, 1).astype(jnp.float32)
-        return agent, buffer, done + count, jax.tree.map(lambda a, b: a + share * b, total, metrics)
+        total = jax.tree.map(lambda a, b: a + share * b, total, metrics)
+        of_rounds = jax.tree.map(jnp.add, of_rounds, of_round)
+        return agent, buffer, done + count, total, filled + fills, of_rounds
 
     zeros = _zeros_like(jax.eval_shape(lambda key: step(state, key=key)[1], key))
-    start = (state.agent, state.imagined, jnp.asarray(done, jnp.int32), zeros)
-    agent, buffer, _, metrics = jax.lax.while_loop(lambda carry: carry[2] < end, leg, start)
-    return replace(state, agent=agent, imagined=buffer), metrics
+    none = _zeros_like(jax.eval_shape(lambda key: experience.branch(state, recipe, key)[1], key))
+    start = (state.agent, state.imagined, jnp.asarray(done, jnp.int32), zeros, jnp.int32(0), none)
+    agent, buffer, _, metrics, filled, rounds = jax.lax.while_loop(lambda carry: carry[2] < end, leg, start)
+    count = jnp.maximum(filled, 1).astype(jnp.float32)
+    rounds = jax.tree.map(lambda m: m / count, rounds)
+    return replace(state, agent=agent, imagined=buffer), metrics | _if_any(rounds, filled)
+
+
+def _if_any(metrics: Metrics, times: Array) -> Metrics:
+    """Means over so many times; NaN, which nobody records, where there was none."""
+    return jax.tree.map(lambda m: jnp.where(times > 0, m, jnp.nan), metrics)
 
 
 # `learn_block` compiled; the state is donated.
