@@ -96,6 +96,7 @@ VARIANTS = {
     "histograms-no-warm-up-sums": Variant("mve-svg", ("agent.value_bins=101", "targets.n_step_warmup=false")),
     "trusted-branches": Variant("mve-svg", ("imagination.trust=2",)),
     "learned-termination": Variant("mve-svg", ("dynamics.termination=learned",)),
+    "termination-net": Variant("mve-svg", ("dynamics.termination=learned", "dynamics.limits=false")),
     "honest-noise": Variant("mve-svg", ("dynamics.bootstrap=true", "dynamics.noise_rows=unseen")),
     "resets": Variant("mve-svg", ("agent.reset_optimisers=true",)),
     "mve-sac": Variant("mve-sac"),

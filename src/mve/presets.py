@@ -222,6 +222,7 @@ PRESETS: dict[str, Preset] = {
             "agent.critic_learning_rate": 3e-4,
             "agent.exploration": "gaussian",
             "dynamics.members": 4,
+            "dynamics.limits": False,
             "dynamics.learning_rate": 3e-4,
             "dynamics.batch_size": 512,
             "train.updates_per_step": 4.0,

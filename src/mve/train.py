@@ -234,6 +234,8 @@ def learn_block(state: TrainState, block: Transition, due: Due, recipe: Recipe) 
         errors = dynamics.open_loop_error(model, block, rows, ERROR_DEPTHS)
         metrics |= {f"model/mse_k{k}": jnp.where(is_new, error, jnp.nan) for k, error in errors.items()}
         model = dynamics.observe(model, block, rows, recipe.dynamics)
+        if model.limits is not None:
+            metrics["model/ends_explained"] = model.limits.explained
     memory = replay.add(memory, block, jnp.arange(block.reward.shape[0]) < rows)
     if model is not None:
         sample_fn = partial(replay.sample, memory, recency=recipe.recency)

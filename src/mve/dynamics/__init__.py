@@ -1,9 +1,11 @@
 """Stage 3, fit: an ensemble that predicts the next state, and what of reward and termination is unknown.
 
     z(s' - s [, r]) = net_m(z(s, a)) [+ noise],   p(terminated) = sigmoid(net_end(z(s, a, s'))),   z: z-score
+    or, where that explains the ends:   terminated = any_i (s'_i < lower_i or s'_i > upper_i)
 
 settings   what can be chosen, from the 8 x 128 single network of Feinberg et al. 2018 to PETS and MBPO
 ensemble   the nets, their noise and their scales; what each member predicts
+limits     terminations as ranges that a state has to stay within
 rows       which rows of the data a member is fitted to, and which none is
 fitting    loss, minibatches, early stopping, elites
 serving    which member answers for which imagined row

@@ -9,8 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from mve.dynamics.limits import Limits
 from mve.dynamics.settings import DynamicsConfig
 from mve.networks import MLP, Normaliser, ensemble
 from mve.types import Key, Known, Transition
@@ -57,6 +58,7 @@ class Dynamics(eqx.Module):
     opt_state: optax.OptState
     noise: Noise
     elites: Array | None  # members that serve imagined steps, best first; None: all
+    limits: Limits | None  # of a learned termination; None: the net alone is asked
 
     @property
     def nets(self) -> Nets:
@@ -88,8 +90,9 @@ def init(config: DynamicsConfig, known: Known, obs_size: int, action_size: int, 
         )
 
     net = ensemble(member, config.members, net_key)
-    termination_net = None
+    termination_net = limits = None
     if known.termination is None:
+        limits = Limits.empty(obs_size) if config.limits else None
         termination_net = MLP(
             2 * obs_size + action_size, 1, TERMINATION_HIDDEN, activation="relu", key=termination_key
         )
@@ -103,6 +106,7 @@ def init(config: DynamicsConfig, known: Known, obs_size: int, action_size: int, 
         opt_state=optimiser(config).init((net, termination_net, noise)),  # pyright: ignore[reportArgumentType]
         noise=noise,
         elites=jnp.arange(config.elites) if config.elites else None,
+        limits=limits,
     )
 
 
@@ -170,7 +174,7 @@ def change(model: Dynamics, rows: Transition) -> Array:
 
 
 def observe(model: Dynamics, block: Transition, num_rows: Array, config: DynamicsConfig) -> Dynamics:
-    """Take the first `num_rows` rows of a new block into the statistics."""
+    """Take the first `num_rows` rows of a new block into the statistics, and the limits of a termination."""
     seen = (
         model.obs.observe(block.next_obs, num_rows),
         model.action.observe(block.action, num_rows),
@@ -183,7 +187,8 @@ def observe(model: Dynamics, block: Transition, num_rows: Array, config: Dynamic
             return eqx.tree_at(lambda m: (m.mean, m.sum_of_squares), n, unit)
 
         seen = tuple(range_only(n) for n in seen)
-    return eqx.tree_at(lambda m: (m.obs, m.action, m.change), model, seen)
+    model = eqx.tree_at(lambda m: (m.obs, m.action, m.change), model, seen)
+    return model if model.limits is None else replace(model, limits=model.limits.observe(block, num_rows))
 
 
 def predict(model: Dynamics, obs: Array, action: Array, *, shared: bool = False) -> Prediction:
@@ -200,6 +205,16 @@ def _predict(net: MLP, noise: Noise, model: Dynamics, obs: Array, action: Array)
         return Prediction(output, jnp.broadcast_to(noise.log_var(), output.shape))
     mean, log_var = jnp.split(output, 2, axis=-1)
     return Prediction(mean, noise.apply(log_var))
+
+
+def terminated(model: Dynamics, obs: Array, action: Array, next_obs: Array) -> Bool[Array, " *batch"]:
+    """Whether an episode ends with a step, as far as that is learned."""
+    assert model.termination_net is not None
+    # A hard threshold: a probability multiplied over the horizon decays for healthy states as well.
+    told = termination_logit(model.termination_net, model, obs, action, next_obs) > 0.0
+    if model.limits is None:
+        return told
+    return jnp.where(model.limits.hold, model.limits.passed(next_obs), told)
 
 
 def termination_logit(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mve.dynamics.ensemble import Dynamics, Prediction, num_members, only, predict, termination_logit
+from mve.dynamics.ensemble import Dynamics, Prediction, num_members, only, predict, terminated
 from mve.dynamics.settings import DynamicsConfig
 from mve.types import Key, Known, StepFn
 
@@ -141,12 +141,10 @@ def _finish_step(
     else:
         reward = _learned_reward(model, config, change)
     if known.termination is not None:
-        terminated = known.termination(obs, action, next_obs)
+        ended = known.termination(obs, action, next_obs)
     else:
-        assert model.termination_net is not None
-        # A hard threshold: a probability multiplied over the horizon decays for healthy states as well.
-        terminated = termination_logit(model.termination_net, model, obs, action, next_obs) > 0.0
-    return next_obs, reward, 1.0 - terminated.astype(jnp.float32)
+        ended = terminated(model, obs, action, next_obs)
+    return next_obs, reward, 1.0 - ended.astype(jnp.float32)
 
 
 def _learned_reward(model: Dynamics, config: DynamicsConfig, change: Array) -> Array:

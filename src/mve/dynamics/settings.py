@@ -80,6 +80,10 @@ class DynamicsConfig:
     """auto: the known function where there is one, learned otherwise."""
     termination: Literal["auto", "known", "learned", "never"] = "auto"
     """auto as for the reward; never: rollouts do not end, as in the MVE paper."""
+    limits: bool = True
+    """Learned terminations: whether limits of single coordinates of the next state, beyond which no episode
+    has gone on, take the place of the net that learns them, for as long as they explain all but 5 % of the
+    latest 1024 ends (ours)."""
 
     def __post_init__(self) -> None:
         if self.sample != "none" and self.noise == "none":
