@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mve import dynamics
+from mve import diagnose, dynamics
 from mve.dynamics.ensemble import terminated
 from mve.dynamics.limits import ENDS, Limits
 from mve.dynamics.settings import DynamicsConfig
@@ -149,3 +149,16 @@ def test_limits_of_a_thousand_random_steps_are_those_of_the_task(task: str) -> N
     assert truth.sum() > 20
     assert (told & truth).sum() >= truth.sum() - 1
     assert (told & ~truth).sum() <= 1
+
+
+def test_a_diagnosis_says_what_ends_an_episode() -> None:
+    low = rows(obs=[[0, 0]], next_obs=[[0, -2]], ended=[1])
+    facts = diagnose._terminations(limits_of(FALLS, low))
+    assert facts == {"by": "limits", "limits": [[0, ">", 1.25], [1, "<", -1.0]], "explained": 1.0, "ends": 4}
+    said = diagnose._about_terminations(facts)
+    assert said.endswith("s[0] > 1.25 or s[1] < -1: explain all 4 ends")
+    unlike = rows(obs=[[0, 0]] * 4, next_obs=[[0, 1]] * 4, ended=[1] * 4)
+    facts = diagnose._terminations(limits_of(FALLS, low, unlike))
+    assert (facts["by"], facts["explained"]) == ("net", 0.5)
+    assert diagnose._about_terminations(facts).endswith("explain 50 % of 8 ends, so a net is asked")
+    assert "none" in diagnose._about_terminations(diagnose._terminations(Limits.empty(2)))

@@ -41,7 +41,7 @@ import numpy as np
 from jaxtyping import Array
 
 from mve import episodes, log, measure, picture
-from mve.dynamics import Dynamics
+from mve.dynamics import Dynamics, Limits
 from mve.evaluate import LONGEST_EPISODE
 from mve.learner import Learner
 from mve.measure import Played, plain
@@ -100,6 +100,8 @@ def diagnose(learner: Learner, num_episodes: int = 5, *, from_replay: bool = Fal
             report |= found
         if (model := learner.state.model) is not None:
             report |= _model_errors(learner, model, played, starts, deepest)
+            if model.limits is not None:
+                report["terminations"] = _terminations(model.limits)
             if not from_replay:
                 report["in_model"] = _in_model(learner, model, judged)
             if simulator is not None and recipe.simulator is None:
@@ -225,6 +227,20 @@ def _model_errors(
     }
 
 
+def _terminations(limits: Limits) -> Json:
+    """What ends the model's episodes: limits of coordinates (number, < or >, threshold), or a net's word."""
+    sides = ("<", np.asarray(limits.lower)), (">", np.asarray(limits.upper))
+    found = [
+        [int(i), sign, *plain([edge[i]])] for sign, edge in sides for i in np.flatnonzero(np.isfinite(edge))
+    ]
+    return {
+        "by": "limits" if limits.hold else "net",
+        "limits": sorted(found),
+        "explained": plain([limits.explained])[0],
+        "ends": int(limits.count),
+    }
+
+
 def _on_policy(
     learner: Learner, model: Dynamics, simulator: StepFn, played: Played, starts: np.ndarray, deepest: int
 ) -> Json:
@@ -295,6 +311,8 @@ def summary(report: Json, folder: Path) -> str:
             f"imagined     bias {dream['bias']:+.4g} of returns in the model alone; {_rate(dream['ends'])} "
             f"ends an episode there, in truth {_rate(dream['ends_played'])}"
         )
+    if (found := report.get("terminations")) is not None:
+        lines.append(_about_terminations(found))
     if "model_error_on_policy" in report:
         lines.append(_about_model("on policy", report["model_error_on_policy"], "the policy's own actions"))
     for found in report.get("calibration") or []:
@@ -317,6 +335,15 @@ def summary(report: Json, folder: Path) -> str:
 
 def _rate(share: float) -> str:
     return f"one step in {1 / share:.0f}" if share else "none"
+
+
+def _about_terminations(found: Json) -> str:
+    if not found["ends"]:
+        return "ends         none was seen so far, so none is imagined"
+    limits = " or ".join(f"s[{i}] {sign} {edge:.4g}" for i, sign, edge in found["limits"])
+    share = "all" if found["explained"] == 1.0 else f"{100 * found['explained']:.0f} % of"
+    said = f"ends         {limits or 'limits of one number'}: explain {share} {found['ends']} ends"
+    return f"{said}, so a net is asked" if found["by"] == "net" else said
 
 
 def _about_targets(report: Json) -> list[str]:

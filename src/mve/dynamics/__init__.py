@@ -17,12 +17,14 @@ Reward and termination are either known functions, given by the caller, or learn
 from mve.dynamics.ensemble import Dynamics, Normaliser, init, observe, only, predict
 from mve.dynamics.fitting import fit, fit_step
 from mve.dynamics.judging import held_out_error, open_loop_error
+from mve.dynamics.limits import Limits
 from mve.dynamics.serving import disagreement, member_step, rollout_step, step
 from mve.dynamics.settings import DynamicsConfig
 
 __all__ = [
     "Dynamics",
     "DynamicsConfig",
+    "Limits",
     "Normaliser",
     "disagreement",
     "fit",

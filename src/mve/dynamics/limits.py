@@ -1,8 +1,8 @@
 """Terminations learned as limits: coordinates of the next state beyond which no episode has gone on.
 
 Most tasks end where one number leaves a range (a height, an angle, a position). A net needs hundreds of ends
-of a kind to find the number; this needs one or two, and says which it is. Ours; for ends of no such kind there
-is the net.
+of a kind to find the number; this needs one or two, and says which it is. Ours; ends of no such kind are left
+to the net.
 """
 
 from __future__ import annotations
