@@ -8,7 +8,8 @@ lot is judged by a model that has not seen it, then joins the others, and the mo
 settings (`section.field=value`, several in quotes). Errors are squared and in spreads of the data: medians
 and geometric means over the later half of the lots, after 1, 3 and 5 steps of the actions that were taken.
 Over the noise that the model believes in, a member's squared error after one step has a mean of 1 where
-that is as large as its errors.
+that is as large as its errors. With dynamics.termination=learned among the settings, ends of real steps are
+judged as well: of how many of all lots their next state told it, and how many other steps were taken for one.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ import numpy as np
 from efficiency import markdown
 from mve import config, dynamics, replay
 from mve.config import Config
-from mve.dynamics.ensemble import change
+from mve.dynamics.ensemble import change, terminated
 from mve.learner import Learner
 from mve.replay import Replay
 from mve.state import Recipe
 from mve.train import ERROR_DEPTHS
-from mve.types import Key, Transition, UserError
+from mve.types import Key, Known, Transition, UserError
 
 ERRORS = tuple(f"{name}, {k}" for name in ("median", "mean") for k in ERROR_DEPTHS)
-HEADER = ("settings", *ERRORS, "error^2 / noise^2", "ms a step")
+HEADER = ("settings", *ERRORS, "error^2 / noise^2", "ms a step", "ends told", "false ends")
 
 
 def errors_and_cost(
     rows: Transition, recipe: Recipe, asked: Config, start: int, seed: int
 ) -> tuple[np.ndarray, float]:
-    """Errors by depth and surprise (lots, depths + 1) from the second fit on, and processor milliseconds of
-    fitting a step."""
+    """Errors by depth, surprise, ends told and false (lots, depths + 3) from the second fit on, and processor
+    milliseconds of fitting a step."""
     fitting, recency = asked.dynamics, asked.replay.recency
     lot_steps, num_rows = fitting.interval_steps, rows.reward.shape[0]
 
@@ -51,14 +52,16 @@ def errors_and_cost(
         model: dynamics.Dynamics, memory: Replay, lot: Transition, fits: jax.Array, key: Key
     ) -> tuple[dynamics.Dynamics, Replay, list[jax.Array]]:
         found = dynamics.open_loop_error(model, lot, jnp.int32(lot_steps), ERROR_DEPTHS)
-        errors = [*(found[k] for k in ERROR_DEPTHS), surprise(model, lot)]
+        errors = [*(found[k] for k in ERROR_DEPTHS), surprise(model, lot), *ends(model, lot)]
         model = dynamics.observe(model, lot, jnp.int32(lot_steps), fitting)
         memory = replay.add(memory, lot, jnp.ones(lot_steps, bool))
         model, _ = dynamics.fit(model, partial(replay.sample, memory, recency=recency), fitting, fits, key)
         return model, memory, errors
 
-    sizes = rows.obs.shape[1], rows.action.shape[1]
-    model = dynamics.init(fitting, recipe.known, *sizes, jax.random.key(seed))
+    sizes, known = (rows.obs.shape[1], rows.action.shape[1]), recipe.known
+    if fitting.termination == "learned":
+        known = Known(known.reward, None)
+    model = dynamics.init(fitting, known, *sizes, jax.random.key(seed))
     memory = replay.init(num_rows, *sizes)
     errors: list[list[float]] = []
     seconds: list[float] = []
@@ -87,6 +90,14 @@ def surprise(model: dynamics.Dynamics, lot: Transition) -> jax.Array:
     return jnp.mean(jnp.square(error) * jnp.exp(-found.log_var))
 
 
+def ends(model: dynamics.Dynamics, lot: Transition) -> tuple[jax.Array, jax.Array]:
+    """Steps rightly and wrongly told to end an episode; none where that is not learned."""
+    if model.termination_net is None:
+        return jnp.int32(0), jnp.int32(0)
+    told, ended = terminated(model, lot.obs, lot.action, lot.next_obs), lot.continuation == 0
+    return jnp.sum(told & ended), jnp.sum(told & ~ended)
+
+
 def remembered(learner: Learner, end: int) -> Transition:
     """The first steps of a run, in order."""
     memory = learner.state.replay
@@ -106,11 +117,16 @@ def row(learner: Learner, steps: Transition, settings: str, options: argparse.Na
             "to judge by; give a longer run or a smaller --start"
         )
     found, cost = errors_and_cost(steps, learner.recipe, asked, options.start, options.seed)
+    depths = len(ERROR_DEPTHS)
     later = found[len(found) // 2 :]
-    errors = later[:, :-1]
+    errors = later[:, :depths]
     numbers = [*np.median(errors, axis=0), *np.exp(np.mean(np.log(errors), axis=0))]
-    told = *(f"{number:.4f}" for number in numbers), f"{np.median(later[:, -1]):.2f}", f"{cost:.1f}"
-    return settings or "none", *told
+    told = *(f"{number:.4f}" for number in numbers), f"{np.median(later[:, depths]):.2f}", f"{cost:.1f}"
+    if asked.dynamics.termination != "learned":
+        return settings or "none", *told, "", ""
+    judged = np.asarray(steps.continuation)[: count // interval * interval][-len(found) * interval :]
+    right, wrong = found[:, depths + 1 :].sum(axis=0).astype(int)
+    return settings, *told, f"{right} of {np.sum(judged == 0)}", f"{wrong} of {np.sum(judged > 0)}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -463,7 +463,8 @@ def test_a_models_fit_is_measured_on_what_a_run_remembers(
     action, obs = np.float32(rng.uniform(-1, 1, size=(200, 1))), np.zeros((201, 3), np.float32)
     for t in range(200):
         obs[t + 1] = 0.5 * obs[t, ::-1] + action[t]
-    steps = steps._replace(obs=obs[:-1], action=action, next_obs=obs[1:])
+    ended = np.float32(obs[1:, 0] > 0.5)
+    steps = steps._replace(obs=obs[:-1], action=action, next_obs=obs[1:], continuation=1.0 - ended)
     memory = replay.add(learner.state.replay, steps, jnp.ones(200, bool))
     learner.state = replace(learner.state, replay=memory, num_env_steps=jnp.int32(200))
     learner.save(tmp_path / "saved")
@@ -471,9 +472,14 @@ def test_a_models_fit_is_measured_on_what_a_run_remembers(
     asked = [str(tmp_path / "saved"), "--start", "60", "--try", f"{settings}1", "--try", f"{settings}300"]
     assert bench["model_fit"].main(asked) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [len(line) for line in lines] == [9, 9]
+    assert [len(line) for line in lines] == [11, 11]
     for few, many in zip(lines[0][1:7], lines[1][1:7], strict=True):
         assert 0 < float(many) < 0.7 * float(few)
+    ends = f"{settings}1 dynamics.termination=learned"
+    assert bench["model_fit"].main([*asked[:3], "--try", ends]) == 0
+    found, false = capsys.readouterr().out.splitlines()[2].rstrip(" |").split(" | ")[-2:]
+    assert int(found.split(" of ")[0]) > 0.8 * int(found.split(" of ")[1]) > 20
+    assert int(false.split(" of ")[0]) < 0.1 * int(false.split(" of ")[1])
     assert bench["model_fit"].main([str(tmp_path / "saved")]) == 2
     assert "dynamics.interval_steps=250" in capsys.readouterr().err
     late = [str(tmp_path / "saved"), "--start", "200", "--try", f"{settings}1"]

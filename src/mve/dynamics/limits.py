@@ -33,14 +33,16 @@ class Limits(eqx.Module):
 
     @classmethod
     def empty(cls, obs_size: int) -> Limits:
-        infinite = jnp.full(obs_size, jnp.inf, jnp.float32)
+        def everywhere(x: float) -> Array:  # an array of its own each: they are donated
+            return jnp.full(obs_size, x, jnp.float32)
+
         return cls(
-            low=infinite,
-            high=-infinite,
+            low=everywhere(jnp.inf),
+            high=everywhere(-jnp.inf),
             ends=jnp.zeros((ENDS, obs_size)),
             count=jnp.int32(0),
-            lower=-infinite,
-            upper=infinite,
+            lower=everywhere(-jnp.inf),
+            upper=everywhere(jnp.inf),
             unexplained=jnp.int32(0),
         )
 
