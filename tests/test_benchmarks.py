@@ -461,10 +461,12 @@ def test_a_models_fit_is_measured_on_what_a_run_remembers(
     rng = np.random.default_rng(0)
     steps = jax.tree.map(lambda x: np.zeros((200, *x.shape[1:]), x.dtype), learner.state.replay.rows)
     action, obs = np.float32(rng.uniform(-1, 1, size=(200, 1))), np.zeros((201, 3), np.float32)
+    next_obs, ended = np.zeros((200, 3), np.float32), np.zeros(200, np.float32)
     for t in range(200):
-        obs[t + 1] = 0.5 * obs[t, ::-1] + action[t]
-    ended = np.float32(obs[1:, 0] > 0.5)
-    steps = steps._replace(obs=obs[:-1], action=action, next_obs=obs[1:], continuation=1.0 - ended)
+        next_obs[t] = 0.5 * obs[t, ::-1] + action[t]
+        ended[t] = next_obs[t, 0] > 0.5
+        obs[t + 1] = (1.0 - ended[t]) * next_obs[t]
+    steps = steps._replace(obs=obs[:-1], action=action, next_obs=next_obs, continuation=1.0 - ended)
     memory = replay.add(learner.state.replay, steps, jnp.ones(200, bool))
     learner.state = replace(learner.state, replay=memory, num_env_steps=jnp.int32(200))
     learner.save(tmp_path / "saved")
