@@ -84,6 +84,9 @@ VARIANTS = {
     # one_step in other words: its runs were made before the flagship took that.
     "no-expansion": Variant("mve-svg", ("targets.estimator=lambda", "targets.trace_decay=0")),
     "calibrated": Variant("mve-svg", ("targets.estimator=calibrated", "targets.horizon_steps=3")),
+    "calibrated-pairs": Variant(
+        "mve-svg", ("targets.estimator=calibrated", "targets.horizon_steps=3", "targets.members=2")
+    ),
     "no-value-gradients": Variant("mve-svg", ("agent.model_steps=0",)),
     "no-real-rows": Variant("mve-svg", ("imagination.real_share=0", *NO_SUMS)),
     "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),

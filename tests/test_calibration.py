@@ -3,6 +3,7 @@ predicted comes true. gamma is 1/2."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
@@ -310,3 +311,15 @@ def test_members_start_alike_and_act_alike_in_imagination() -> None:
     for x in (ahead.obs, ahead.action, ahead.bonus):
         np.testing.assert_allclose(x[:, 0], x[:, 1], rtol=1e-6)
     assert ahead.reward.shape == (2, 1, 2, 4)  # of its own steps, though the reward is learned
+
+
+def test_a_state_is_imagined_and_judged_by_as_many_members_as_asked_for() -> None:
+    four = replace(RECIPE.dynamics, members=4, stay_in_data=False)  # nothing was seen to stay in
+    recipe = replace(RECIPE, dynamics=four, targets=replace(CONFIG, members=2))
+    state = replace(initial_state(recipe, Capacity(50), seed=0), num_env_steps=jnp.int32(9))
+    batch: Transition = jax.tree.map(lambda x: x[:4], walk())
+    ahead = jax.jit(experience.imagine_ahead, static_argnums=1)(state, recipe, batch, jax.random.key(0))
+    assert ahead.obs.shape == (3, 2, 4, 1)
+    assert ahead.reward.shape == (2, 1, 2, 4)
+    seen = jax.jit(train.calibrate, static_argnums=3)(state, walk(), jnp.int32(6), recipe, jax.random.key(0))
+    np.testing.assert_array_equal(seen.count, [6.0, 6.0, 4.0])

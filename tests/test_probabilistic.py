@@ -312,3 +312,25 @@ def test_a_row_keeps_its_member_under_tsinf_and_changes_it_under_ts1(elites: int
 
     anew = np.round(np.asarray(increments(model, replace(config, trajectory="ts1"), jax.random.key(0))))
     assert all(len(set(column)) > 1 for column in anew.T)
+
+
+@pytest.mark.parametrize(("copies", "rows"), [(2, 30), (2, 7), (3, 5), (4, 9)])
+def test_copies_of_a_row_are_imagined_by_members_of_their_own(copies: int, rows: int) -> None:
+    """Dealt anew for every rollout and kept throughout it; the answer is the mean, whatever the noise."""
+    config = replace(SMALL, members=4, noise="homoscedastic", sample="state", stay_in_data=False)
+    model = drifting([1.0, 2.0, 3.0, 4.0], config)
+
+    @jax.jit
+    def moved(key: Key) -> jax.Array:  # (2, K, B)
+        step_fn = dynamics.few_members_step(model, KNOWN, config, key)
+        obs, action = jnp.zeros((copies, rows, 2)), jnp.zeros((copies, rows, 1))
+        there, reward, continuation = step_fn(obs, action, jax.random.key(7))
+        assert reward.shape == (1, copies, rows)
+        assert continuation.shape == (copies, rows)
+        return jnp.stack([there, step_fn(there, action, jax.random.key(8))[0] - there])[..., 0]
+
+    deals = np.round([np.asarray(moved(key)) for key in jax.random.split(jax.random.key(1), 20)], 3)
+    np.testing.assert_array_equal(deals[:, 0], deals[:, 1])  # the second step as the first
+    for deal in deals[:, 0]:
+        assert all(len(set(column)) == copies for column in deal.T)  # no two of a row are one member's
+    assert set(deals[:, 0, 0, 0]) == {1.0, 2.0, 3.0, 4.0}

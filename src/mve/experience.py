@@ -182,9 +182,7 @@ def _start_obs(batch: Transition, recipe: Recipe) -> Array:
     """The real next states, once for every member that is to imagine from them."""
     if not recipe.targets.keeps_members:
         return batch.next_obs
-    # The simulator is an ensemble of one: its copies would agree.
-    members = recipe.dynamics.members if recipe.simulator is None else 1
-    return jnp.broadcast_to(batch.next_obs, (members, *batch.next_obs.shape))
+    return jnp.broadcast_to(batch.next_obs, (recipe.kept_members, *batch.next_obs.shape))
 
 
 def model_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
@@ -199,7 +197,7 @@ def model_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
 
 
 def target_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
-    """As `model_step`, of states (M, B, S) where the estimator keeps members apart."""
+    """As `model_step`, of states (M, B, S) where the estimator keeps members apart, M those that it asks."""
     model = state.model
     if not recipe.targets.keeps_members:
         return model_step(state, recipe, rollout_key)
@@ -209,6 +207,9 @@ def target_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:
         nothing = jnp.zeros
         return lambda obs, action, key: (obs, nothing((1, *obs.shape[:-1])), nothing(obs.shape[:-1]))
     known, config, crossed = recipe.known, recipe.dynamics, recipe.targets.crosses_rewards
+    if recipe.kept_members < config.members:
+        whole = jax.random.fold_in(rollout_key, WHOLE_ROLLOUT)
+        return dynamics.few_members_step(model, known, config, whole)
     return lambda obs, action, key: dynamics.member_step(model, known, config, obs, action, crossed=crossed)
 
 

@@ -90,8 +90,7 @@ def _update_bytes(run: Run) -> int:
     if recipe.uses_model:
         widths += model.members * sum(model.hidden)
     steps = 1 + max(recipe.targets.imagined_steps, agent.model_steps)
-    copies = model.members if recipe.targets.keeps_members else 1
-    rows = agent.batch_size * steps * copies + recipe.imagination.starts
+    rows = agent.batch_size * steps * recipe.kept_members + recipe.imagination.starts
     return FLOAT * ACTIVATIONS * rows * widths
 
 

@@ -130,6 +130,16 @@ def _check_estimator(config: Config) -> None:
             f"targets.n_step_within = {targets.n_step_within} says which rows sum targets.n_step real steps, "
             "which is 1; set targets.n_step (8, say) or targets.n_step_within=0"
         )
+    if targets.members and targets.estimator != "calibrated":
+        raise UserError(
+            f"targets.members = {targets.members} is how many members imagine a state for "
+            f"targets.estimator = calibrated, not for {targets.estimator}; set targets.members=0"
+        )
+    if targets.members == 1 or targets.members > config.dynamics.members:
+        raise UserError(
+            f"targets.members = {targets.members}: a spread takes 2 members of the model at least, and "
+            f"dynamics.members = {config.dynamics.members} there are; set targets.members=0 for all of them"
+        )
     if targets.calibrates and targets.horizon_steps > block_steps:
         raise UserError(
             f"targets.estimator = calibrated measures the model within a block: targets.horizon_steps = "

@@ -57,6 +57,13 @@ class Recipe:
         return self.targets.shared_steps if shares else self.targets.imagined_steps
 
     @property
+    def kept_members(self) -> int:
+        """How many members imagine each state of a target, where the estimator keeps them apart; else 1."""
+        if not self.targets.keeps_members or self.simulator is not None:
+            return 1  # the simulator is an ensemble of one: its copies would agree
+        return self.targets.members or self.dynamics.members
+
+    @property
     def fits_model(self) -> bool:
         return self.uses_model and self.simulator is None
 

@@ -201,7 +201,7 @@ def calibrate(state: TrainState, block: Transition, num_rows: Array, recipe: Rec
         estimator_fns(state, value_key),
         block,
         num_rows,
-        recipe.dynamics.members,
+        recipe.kept_members,
         recipe.targets,
         model_key,
     )

@@ -18,7 +18,7 @@ from mve.dynamics.ensemble import Dynamics, Normaliser, init, observe, only, pre
 from mve.dynamics.fitting import fit, fit_step
 from mve.dynamics.judging import held_out_error, open_loop_error
 from mve.dynamics.limits import Limits
-from mve.dynamics.serving import disagreement, member_step, rollout_step, step
+from mve.dynamics.serving import disagreement, few_members_step, member_step, rollout_step, step
 from mve.dynamics.settings import DynamicsConfig
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Limits",
     "Normaliser",
     "disagreement",
+    "few_members_step",
     "fit",
     "fit_step",
     "held_out_error",

@@ -129,6 +129,27 @@ def member_step(
     return next_obs, _learned_reward(model, config, opinions), continuation
 
 
+def few_members_step(model: Dynamics, known: Known, config: DynamicsConfig, key: Key) -> StepFn:
+    """`member_step` where every state is imagined by a few of the M members alone: of states (K, B, S),
+    K <= M, that begin as copies of one another, all those of a row have members of their own throughout.
+
+    The members are dealt with `key`, in blocks as in `step`; a step costs the work of K nets a row, not of M.
+    """
+    offset = jax.random.randint(key, (), 0, MANY)
+
+    def step(obs: Array, action: Array, key: Key) -> tuple[Array, Array, Array]:
+        del key  # means, as in `member_step`
+        flat = [x.reshape(-1, x.shape[-1]) for x in (obs, action)]
+        # Copies of a row are at least B rows apart, a block has at most B: no two are in one.
+        change = _dealt(model, *flat, offset % flat[0].shape[0]).mean.reshape(*obs.shape[:-1], -1)
+        next_obs, reward, continuation = _finish_step(
+            model, known, config, obs, action, model.change.unscale(change)
+        )
+        return next_obs, reward[None], continuation
+
+    return step
+
+
 def _finish_step(
     model: Dynamics, known: Known, config: DynamicsConfig, obs: Array, action: Array, change: Array
 ) -> tuple[Array, Array, Array]:

@@ -39,6 +39,9 @@ class TargetsConfig:
     calibration_decay: Unit = 0.98
     """What calibrated keeps of its measurements from block to block; at 0.98 with blocks of 20 steps the
     last 1000 or so count. 0: the last block alone."""
+    members: Count = 0
+    """Members of the model that imagine each state for calibrated, dealt anew at each update; their spread is
+    measured with as many. 2 cost a quarter of what 8 do. 0: all there are."""
     n_step: Positive = 1
     """Real steps that are summed before a target expands what they led to, fewer where the episode ends. The
     actions after the first are taken as they were, whatever the policy would do now (uncorrected, as in
