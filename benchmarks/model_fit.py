@@ -42,7 +42,7 @@ HEADER = ("settings", *ERRORS, "error^2 / noise^2", "ms a step", "ends told", "f
 def errors_and_cost(
     rows: Transition, recipe: Recipe, asked: Config, start: int, seed: int
 ) -> tuple[np.ndarray, float]:
-    """Errors by depth, surprise, ends told and false (lots, depths + 3) from the second fit on, and processor
+    """Errors by depth, surprise, counts of `ends` (lots, depths + 5) from the second fit on, and processor
     milliseconds of fitting a step."""
     fitting, recency = asked.dynamics, asked.replay.recency
     lot_steps, num_rows = fitting.interval_steps, rows.reward.shape[0]
@@ -90,12 +90,14 @@ def surprise(model: dynamics.Dynamics, lot: Transition) -> jax.Array:
     return jnp.mean(jnp.square(error) * jnp.exp(-found.log_var))
 
 
-def ends(model: dynamics.Dynamics, lot: Transition) -> tuple[jax.Array, jax.Array]:
-    """Steps rightly and wrongly told to end an episode; none where that is not learned."""
-    if model.termination_net is None:
-        return jnp.int32(0), jnp.int32(0)
-    told, ended = terminated(model, lot.obs, lot.action, lot.next_obs), lot.continuation == 0
-    return jnp.sum(told & ended), jnp.sum(told & ~ended)
+def ends(model: dynamics.Dynamics, lot: Transition) -> tuple[jax.Array, ...]:
+    """Steps rightly told to end an episode, of how many, and wrongly, of how many; the former are none where
+    that is not learned."""
+    ended = lot.continuation == 0
+    told = jnp.zeros_like(ended)
+    if model.termination_net is not None:
+        told = terminated(model, lot.obs, lot.action, lot.next_obs)
+    return tuple(jnp.sum(which) for which in (told & ended, ended, told & ~ended, ~ended))
 
 
 def remembered(learner: Learner, end: int) -> Transition:
@@ -124,9 +126,8 @@ def row(learner: Learner, steps: Transition, settings: str, options: argparse.Na
     told = *(f"{number:.4f}" for number in numbers), f"{np.median(later[:, depths]):.2f}", f"{cost:.1f}"
     if asked.dynamics.termination != "learned":
         return settings or "none", *told, "", ""
-    judged = np.asarray(steps.continuation)[: count // interval * interval][-len(found) * interval :]
-    right, wrong = found[:, depths + 1 :].sum(axis=0).astype(int)
-    return settings, *told, f"{right} of {np.sum(judged == 0)}", f"{wrong} of {np.sum(judged > 0)}"
+    right, ended, wrong, others = found[:, depths + 1 :].sum(axis=0).astype(int)
+    return settings, *told, f"{right} of {ended}", f"{wrong} of {others}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -139,9 +140,10 @@ def few_members_step(model: Dynamics, known: Known, config: DynamicsConfig, key:
 
     def step(obs: Array, action: Array, key: Key) -> tuple[Array, Array, Array]:
         del key  # means, as in `member_step`
-        flat = [x.reshape(-1, x.shape[-1]) for x in (obs, action)]
+        rows = math.prod(obs.shape[:-1])
         # Copies of a row are at least B rows apart, a block has at most B: no two are in one.
-        change = _dealt(model, *flat, offset % flat[0].shape[0]).mean.reshape(*obs.shape[:-1], -1)
+        predicted = _dealt(model, obs.reshape(rows, -1), action.reshape(rows, -1), offset % rows)
+        change = predicted.mean.reshape(*obs.shape[:-1], -1)
         next_obs, reward, continuation = _finish_step(
             model, known, config, obs, action, model.change.unscale(change)
         )
