@@ -97,6 +97,7 @@ VARIANTS = {
     "preserved-values": Variant("mve-svg", ("agent.preserve_values=true",)),
     "histogram-critics": Variant("mve-svg", ("agent.value_bins=101",)),
     "histograms-no-warm-up-sums": Variant("mve-svg", ("agent.value_bins=101", "targets.n_step_warmup=false")),
+    "two-updates": Variant("mve-svg", ("train.updates_per_step=2",)),
     "trusted-branches": Variant("mve-svg", ("imagination.trust=2",)),
     "learned-termination": Variant("mve-svg", ("dynamics.termination=learned",)),
     "termination-net": Variant("mve-svg", ("dynamics.termination=learned", "dynamics.limits=false")),
