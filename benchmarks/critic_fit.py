@@ -1,6 +1,6 @@
 """What critics learn of a run's policy, by one kind of target or another, with the policy held as it is.
 
-    python benchmarks/critic_fit.py RUN --try targets.n_step=1 --try targets.n_step=8
+    python benchmarks/critic_fit.py RUN --try targets.n_step=4 --try replay.recency=1
 
 Fresh episodes of the policy in training say what it earns from every state (as for `mve diagnose`). Then the
 critics alone go on for --updates, its actor and its model being held, under the run's preset with other

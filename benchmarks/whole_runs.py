@@ -108,7 +108,7 @@ def _start(cache: Path, run: Path) -> Json:
 
 
 def _default_loop(effort: Effort) -> Json:
-    """The default algorithm's whole loop as it comes, for its memory beside the peers'."""
+    """The whole loop of `mve-sac` as it comes, for its memory beside the peers'."""
     cores = max(effort.cores)
     with Worker("worker_mve.py", cores=cores, label="memory") as worker:
         worker.ask("build", name="it", algo="mve-sac", task=TASK, settings=LONG, fill=effort.fill)

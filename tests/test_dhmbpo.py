@@ -334,7 +334,7 @@ def real_block(count: int = 20) -> Transition:
         next_obs=0.9 * obs,
         continuation=np.ones(count, f32),
         episode=np.zeros(count, np.int32),
-        step=np.arange(count, dtype=np.int32),
+        step=1 + np.arange(count, dtype=np.int32),
         log_density=np.zeros(count, f32),
     )
 

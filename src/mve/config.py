@@ -56,7 +56,7 @@ class TrainConfig:
     updates_per_step: NonNegative = 1.0
     """Updates of the agent per environment step (paper: 4)."""
     initial_updates: OwnCount = 0
-    """Updates of the agent as it begins to learn, on top of the steady rate (DHMBPO: 4000). auto: as many
+    """Updates of the agent as it begins to learn, on top of the steady rate (DHMBPO: 5000). auto: as many
     as steps came before."""
     overlap: bool = True
     """Collect a block while the device learns from the one before: the policy acts one block behind. (Not

@@ -62,7 +62,8 @@ def real_batch(state: TrainState, recipe: Recipe, size: int, key: Key) -> Transi
     segment = replay.sample_segments(state.replay, size, n_step, key, recency=recipe.recency)
     recent = state.num_env_steps - recipe.targets.n_step_within if recipe.targets.n_step_within else 0
     own = 0 if recipe.targets.n_step_warmup else recipe.learning_starts
-    segment = targets.cut(segment, jnp.where(segment.rows.step[0] >= jnp.maximum(recent, own), n_step, 1))
+    # Steps are numbered from 1, so that the first after any n of them is n + 1.
+    segment = targets.cut(segment, jnp.where(segment.rows.step[0] > jnp.maximum(recent, own), n_step, 1))
     return summed(state.agent, segment, recipe.targets, sum_key)
 
 

@@ -45,8 +45,8 @@ class Learner:
     `section.field=value`.
     `reward_fn` and `termination_fn` are JAX functions (obs, action, next_obs), any leading axes, in the
     environment's own units (a discrete action is an integer, an array without a last axis); without them
-    the model learns both. An instance is copied for evaluation unless `eval_env` is given. Nothing is
-    written before `learn` or `save`.
+    the task's own are used where they are known, and learned otherwise. An instance is copied for evaluation
+    unless `eval_env` is given. Nothing is written before `learn` or `save`.
     """
 
     def __init__(

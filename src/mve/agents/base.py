@@ -55,7 +55,7 @@ class AgentConfig:
     critics: Positive = 2
     """N, critics; targets use the least of their values, STEVE's their mean and spread."""
     batch_size: Positive = 256
-    """Real transitions per update."""
+    """Transitions per update, real ones and imagined ones together (imagination.real_share)."""
     critic_learning_rate: Rate = 3e-4
     """Adam's step size."""
     target_rate: Unit = 0.005

@@ -41,9 +41,9 @@ class Train:
     settings: Settings = dataclasses.field(default_factory=list)
     """Any setting that `mve settings` shows; several may follow."""
     reward: FunctionPath = None
-    """Your JAX function (obs, action, next_obs) -> reward; learned if there is none."""
+    """Your JAX function (obs, action, next_obs) -> reward; if not given the task's own, or learned."""
     termination: FunctionPath = None
-    """Your JAX function (obs, action, next_obs) -> bool; learned if there is none."""
+    """Your JAX function (obs, action, next_obs) -> bool; if not given the task's own, or learned."""
     quiet: bool = False
     """No progress display."""
 

@@ -15,7 +15,8 @@ class DynamicsConfig:
 
     kind: Literal["learned", "oracle"] = "learned"
     """oracle: imagine in the true simulator, set to each state and respecting its ends; nothing is fitted,
-    and no other setting of this section is read (Feinberg et al. 2018: model error set apart)."""
+    and no other setting of this section is read, but for learning_starts by calibrated (Feinberg et al. 2018:
+    model error set apart)."""
     hidden: Widths = (200, 200, 200, 200)
     """Widths of the hidden layers (paper: eight of 128)."""
     activation: Activation = "silu"

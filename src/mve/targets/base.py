@@ -88,7 +88,7 @@ class TargetsConfig:
 
     @property
     def keeps_members(self) -> bool:
-        """Whether every start is imagined by every member, whose answers then stay apart: axes (M, B)."""
+        """Whether every start is imagined by several members, whose answers then stay apart: axes (M, B)."""
         return self.crosses_rewards or self.calibrates
 
     @property

@@ -1,7 +1,8 @@
 """What imagination has turned out to be worth: errors of imagined candidates on real steps, by depth.
 
-A block of real steps that the model has not seen is replayed: from every state of it, every member takes
-the *logged* actions. With C_k^m the candidate return of member m after k steps, and C_k the real one,
+A block of real steps that the model has not seen is replayed: from every state of it, as many members as
+imagine a target take the *logged* actions. With C_k^m the candidate return of member m after k steps, and
+C_k the real one,
 
     d_k = mean_m C_k^m - C_k,      spread_k^2 = var_m C_k^m,      k = 1..H.
 
@@ -141,7 +142,7 @@ def replay(
     config: TargetsConfig,
     key: Key,
 ) -> Replayed:
-    """Every member takes the logged actions from every state of a block; compare with what followed.
+    """So many members take the logged actions from every state of a block; compare with what followed.
 
     `step_fn` moves states (M, T, S) and pays rewards (1, M, T), as in training. Rows of the block from
     `num_rows` on are padding.
