@@ -229,8 +229,8 @@ def test_a_bomb_of_a_value_is_refused_in_one_line_or_text(text: str) -> None:
 def test_a_newer_config_is_refused_and_an_older_one_migrates() -> None:
     data = to_json(build("Pendulum-v1"))
     assert data["format"] == config.FORMAT == max(config.MIGRATIONS) + 1
-    with pytest.raises(UserError, match=r"config: format 4, this mve reads 3; use the mve that wrote it"):
-        from_json({**data, "format": 4})
+    with pytest.raises(UserError, match=r"config: format 5, this mve reads 4; use the mve that wrote it"):
+        from_json({**data, "format": 5})
     for version in (0, True, "2", None, 1.0):
         with pytest.raises(UserError, match="is not a version"):
             from_json({**data, "format": version})
@@ -253,10 +253,19 @@ def test_an_older_average_of_actors_spans_the_share_that_it_was_of_the_budget(
     assert built.agent.average_share == pytest.approx(share)
 
 
+@pytest.mark.parametrize(("version", "said"), [(1, None), (2, None), (3, None), (3, True), (4, True)])
+def test_a_run_from_before_limits_has_none(version: int, said: bool | None) -> None:
+    data = to_json(build("Pendulum-v1", "mve-sac"))
+    del data["dynamics"]["limits"]
+    dynamics = data["dynamics"] | ({} if said is None else {"limits": said})
+    assert from_json({**data, "format": version, "dynamics": dynamics}).dynamics.limits is bool(said)
+    assert from_json({**data, "format": 4}).dynamics.limits
+
+
 def test_migrations_are_applied_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "FORMAT", 4)
+    monkeypatch.setattr(config, "FORMAT", 5)
     rename = lambda data: {**data, "seed": data["seed"] + 1}  # noqa: E731
-    monkeypatch.setitem(config.MIGRATIONS, 3, rename)
+    monkeypatch.setitem(config.MIGRATIONS, 4, rename)
     data = to_json(build("Pendulum-v1"))
-    assert from_json({**data, "format": 4}).seed == 0
+    assert from_json({**data, "format": 5}).seed == 0
     assert from_json({**data, "format": 2}).seed == from_json({**data, "format": 1}).seed == 1

@@ -465,7 +465,7 @@ def test_only_recent_rows_of_the_policys_own_steps_are_summed(
     ours = replace(
         ours,
         targets=replace(ours.targets, n_step=2, n_step_within=within, n_step_warmup=sums_it),
-        learning_starts=warmup,
+        warmup_steps=warmup,
     )
     state = replace(remembering(ours), num_env_steps=jnp.int32(20))
     rows = jax.tree.map(np.asarray, state.replay.rows)

@@ -256,6 +256,22 @@ def test_statistics_are_those_of_all_rows_ever_seen() -> None:
     np.testing.assert_allclose(normaliser.unscale(z), seen, rtol=1e-4)
 
 
+def test_a_column_is_constant_by_its_own_units() -> None:
+    """Micrometres are scaled as metres are; what moves by rounding alone is not, and is the mean again."""
+    rng = np.random.default_rng(6)
+    draws = rng.normal(size=(200, 4)) * [3e-6, 3e-6, 1e-5, 0.0] + [0.0, 1e-5, 1000.0, 5.0]
+    seen = jnp.asarray(draws, jnp.float32)
+    normaliser = Normaliser.empty(4).observe(seen, jnp.int32(200))
+    np.testing.assert_allclose(normaliser.std, [*draws.std(axis=0)[:2], 1.0, 1.0], rtol=1e-3)
+    np.testing.assert_allclose(normaliser.scale(seen)[:, :2].std(axis=0), 1.0, rtol=1e-3)
+    np.testing.assert_allclose(
+        normaliser.unscale(normaliser.scale(seen))[:, :2], seen[:, :2], rtol=1e-3, atol=1e-9
+    )
+    np.testing.assert_allclose(normaliser.unscale(jnp.ones((1, 4)))[0, 2:], [1000.0, 5.0], rtol=1e-6)
+    np.testing.assert_array_equal(Normaliser.empty(2).std, 1.0)
+    np.testing.assert_array_equal(Normaliser.empty(2).unscale(jnp.full((1, 2), 7.0)), 7.0)
+
+
 def test_observing_fills_in_state_action_and_change() -> None:
     rows = random_rows(50, seed=8)
     model = observed(rows)
@@ -304,6 +320,14 @@ def drifting(change: list[float]) -> Dynamics:
     unit = eqx.tree_at(lambda n: (n.low, n.high), unit, (jnp.array([-100.0]), jnp.array([100.0])))
     spread_2 = eqx.tree_at(lambda n: (n.count, n.sum_of_squares), unit, (jnp.float32(1), jnp.array([4.0])))
     return eqx.tree_at(lambda m: m.obs, model, spread_2)
+
+
+def test_a_depth_that_no_segment_reaches_has_no_error() -> None:
+    errors = jax.jit(dynamics.open_loop_error, static_argnums=3)(
+        observed(random_rows(9, seed=1)), random_rows(9, seed=2), jnp.int32(2), (1, 3)
+    )
+    assert np.isfinite(errors[1])
+    assert np.isnan(errors[3])
 
 
 def test_open_loop_error_by_hand() -> None:

@@ -249,6 +249,41 @@ def linear_step(obs, action, key):
     return LINEAR.next_obs(obs, action), LINEAR.reward(obs, action), 1.0 - gone
 
 
+def test_what_cannot_be_computed_beyond_an_end_counts_for_nothing() -> None:
+    """A reward that is no number where an episode is over: sqrt(s), and s < 0 ends it. By hand, gamma 0.5."""
+
+    def step_fn(obs: jax.Array, action: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
+        next_obs = obs + action
+        return next_obs, jnp.sqrt(obs[..., 0]), (next_obs[..., 0] >= 0).astype(jnp.float32)
+
+    def policy_of(gain: jax.Array):
+        return lambda obs, key: (jnp.broadcast_to(gain, obs.shape), jnp.zeros(obs.shape[:-1]))
+
+    def value(obs: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return obs[..., 0], obs[..., 0]
+
+    def worth_of(gain: jax.Array) -> jax.Array:
+        rollout = imagine.rollout(step_fn, policy_of(gain), jnp.array([[1.0], [9.0]]), 3, jax.random.key(0))
+        return jnp.sum(train.worth(rollout, value, discount=0.5, key=jax.random.key(0))[0])
+
+    worth, slope = jax.value_and_grad(worth_of)(jnp.float32(-2.0))
+    # From 1 the step to -1 is the last: 1. From 9: 3 + sqrt(7) / 2 + sqrt(5) / 4 + 3 / 8.
+    by_hand = 1.0 + 3.0 + 7.0**0.5 / 2 + 5.0**0.5 / 4 + 3.0 / 8
+    np.testing.assert_allclose(worth, by_hand, rtol=1e-6)
+    # d/da of sqrt(9 + a) / 2 + sqrt(9 + 2 a) / 4 + (9 + 3 a) / 8.
+    np.testing.assert_allclose(slope, 0.25 / 7.0**0.5 + 0.25 / 5.0**0.5 + 3.0 / 8, rtol=1e-6)
+
+
+def test_nothing_is_imagined_from_where_a_real_episode_ended() -> None:
+    ours = replace(recipe(), targets=TargetsConfig(estimator="mve", horizon_steps=2))
+    state = state_of(ours)
+    rows: Transition = jax.tree.map(lambda x: x[:ROWS], state.replay.rows)
+    batch = rows._replace(next_obs=rows.obs + 1.0, continuation=jnp.arange(ROWS, dtype=jnp.float32) % 2.0)
+    ahead = jax.jit(experience.imagine_ahead, static_argnums=1)(state, ours, batch, jax.random.key(0))
+    np.testing.assert_array_equal(ahead.obs[0, ::2], batch.obs[::2])
+    np.testing.assert_array_equal(ahead.obs[0, 1::2], batch.next_obs[1::2])
+
+
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_an_expanded_objective_adds_the_models_rewards_and_every_bonus_once(steps: int) -> None:
     """Constant reward 2, bonus 1/4 and tail 8 (own bonus included): sum gamma^t 2.25 + gamma^H 8."""

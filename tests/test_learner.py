@@ -238,7 +238,7 @@ def test_what_follows_from_the_budget_does_from_the_one_that_is_given_to_learn(t
         made = Learner(Slide(), settings=settings, run_dir=tmp_path / "run", quiet=True)
         made.set_budget(steps)
         train = made.config.train
-        assert made.recipe.learning_starts == train.learning_starts == made.config.dynamics.learning_starts
+        assert made.recipe.warmup_steps == train.learning_starts == made.config.dynamics.learning_starts
         return train.total_steps, int(train.learning_starts), made.config.evaluate.interval_steps
 
     assert schedule_of(steps=2000) == (2000, 400, 1000)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -334,3 +334,20 @@ def test_copies_of_a_row_are_imagined_by_members_of_their_own(copies: int, rows:
     for deal in deals[:, 0]:
         assert all(len(set(column)) == copies for column in deal.T)  # no two of a row are one member's
     assert set(deals[:, 0, 0, 0]) == {1.0, 2.0, 3.0, 4.0}
+
+
+@pytest.mark.parametrize("trajectory", ["ts1", "tsinf"])
+def test_every_member_serves_where_rows_do_not_fill_their_blocks(trajectory: Literal["ts1", "tsinf"]) -> None:
+    """16 rows and five members: four of each in turn, and none of one."""
+    config = replace(SMALL, members=5, trajectory=trajectory, stay_in_data=False)
+    model = drifting([1.0, 2.0, 3.0, 4.0, 5.0], config)
+
+    @jax.jit
+    def served(key: Key) -> jax.Array:
+        step_fn = dynamics.rollout_step(model, KNOWN, config, key)
+        return step_fn(jnp.zeros((16, 2)), jnp.zeros((16, 1)), key)[0][:, 0]
+
+    deals = np.round([np.asarray(served(key)) for key in jax.random.split(jax.random.key(2), 100)])
+    shares = np.unique_counts(deals)
+    np.testing.assert_array_equal(shares.values, [1, 2, 3, 4, 5])
+    np.testing.assert_allclose(shares.counts / deals.size, 0.2, atol=0.04)

@@ -28,7 +28,7 @@ from mve.types import Count, Json, NonNegative, OwnCount, Positive, UserError
 
 LONGEST_SHOWN = 100  # characters of a value in a message
 SHOWN_BY = "; `mve settings` shows them all"
-FORMAT = 3  # of config.json; files that do not say are of format 1
+FORMAT = 4  # of config.json; files that do not say are of format 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +199,19 @@ def _before_average_share(data: Json) -> Json:
     return data | {"agent": settings}
 
 
+def _before_limits(data: Json) -> Json:
+    """Terminations were learned by a net alone, and limits are in none of the checkpoints."""
+    settings = data.get("dynamics")
+    return data | {"dynamics": {"limits": False} | settings} if isinstance(settings, dict) else data
+
+
 # From the version that is the key to the next. Settings that are new need no migration where their default
 # is what was done before.
-MIGRATIONS: dict[int, Callable[[Json], Json]] = {1: _before_overlap, 2: _before_average_share}
+MIGRATIONS: dict[int, Callable[[Json], Json]] = {
+    1: _before_overlap,
+    2: _before_average_share,
+    3: _before_limits,
+}
 
 
 def _config(data: Json) -> Config:

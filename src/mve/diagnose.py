@@ -45,7 +45,7 @@ from mve.dynamics import Dynamics, Limits
 from mve.evaluate import LONGEST_EPISODE
 from mve.learner import Learner
 from mve.measure import Played, plain
-from mve.networks import SMALLEST_STD
+from mve.networks import usable_spread
 from mve.types import Json, StepFn, Transition, UserError
 
 DEEPEST = 10  # steps of open loop, and horizons tried, or the run's own horizon if that is longer
@@ -282,8 +282,7 @@ def _spreads(learner: Learner) -> tuple[Array, Array]:
 
 def _spread(x: np.ndarray) -> Array:
     """Standard deviation of each column; 1 for one that hardly moves, as in the model's own scaling."""
-    std = np.std(x, axis=0)
-    return jnp.asarray(np.where(std < SMALLEST_STD, 1.0, std), jnp.float32)
+    return jnp.asarray(usable_spread(np.std(x, axis=0), np.mean(x, axis=0)), jnp.float32)
 
 
 def _thinned(index: np.ndarray, most: int) -> np.ndarray:

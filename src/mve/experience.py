@@ -61,7 +61,7 @@ def real_batch(state: TrainState, recipe: Recipe, size: int, key: Key) -> Transi
     key, sum_key = jax.random.split(key)
     segment = replay.sample_segments(state.replay, size, n_step, key, recency=recipe.recency)
     recent = state.num_env_steps - recipe.targets.n_step_within if recipe.targets.n_step_within else 0
-    own = 0 if recipe.targets.n_step_warmup else recipe.learning_starts
+    own = 0 if recipe.targets.n_step_warmup else recipe.warmup_steps
     # Steps are numbered from 1, so that the first after any n of them is n + 1.
     segment = targets.cut(segment, jnp.where(segment.rows.step[0] > jnp.maximum(recent, own), n_step, 1))
     return summed(state.agent, segment, recipe.targets, sum_key)
@@ -79,7 +79,7 @@ def summed(agent: Agent, segment: Segment, config: TargetsConfig, key: Key) -> T
 
 
 def _imagined_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
-    """Rows of the rounds that are kept."""
+    """Rows of the rounds that are kept, as many as rounds of full length would have."""
     assert state.imagined is not None
     kept = recipe.imagination.starts * recipe.imagination.rounds_kept
     newest = kept * imagine.rollout_length(recipe.imagination, state.num_env_steps)
@@ -180,10 +180,12 @@ def imagine_ahead(state: TrainState, recipe: Recipe, batch: Transition, key: Key
 
 
 def _start_obs(batch: Transition, recipe: Recipe) -> Array:
-    """The real next states, once for every member that is to imagine from them."""
+    """The real next states, once for every member that is to imagine from them; where an episode ended there,
+    the states before, whose value the row's continuation takes out."""
+    start = imagine.where_it_goes_on(batch.continuation, batch.next_obs, batch.obs)
     if not recipe.targets.keeps_members:
-        return batch.next_obs
-    return jnp.broadcast_to(batch.next_obs, (recipe.kept_members, *batch.next_obs.shape))
+        return start
+    return jnp.broadcast_to(start, (recipe.kept_members, *start.shape))
 
 
 def model_step(state: TrainState, recipe: Recipe, rollout_key: Key) -> StepFn:

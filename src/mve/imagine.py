@@ -32,7 +32,8 @@ class ImaginationConfig:
     times as much as on the 95 % quantile of the round's first steps (after MACURA, Frauenknecht et al. 2024,
     who have 2 and a running mean of the quantile); 0: none is stopped."""
     rounds_kept: Positive = 10
-    """Rounds that the buffer holds; older rows are forgotten."""
+    """Rounds that the buffer holds, counted in rows of rounds of full length: those whose rollouts end early
+    are kept for longer. Older rows are forgotten."""
     real_share: Unit = 0.05
     """Share of the updates' rows that come from replay, the others from the buffer (MBPO: 0.05)."""
     mixed_by: Literal["row", "update"] = "row"
@@ -65,14 +66,15 @@ def rollout(
     at every step, and slower to compile.
 
     Steps after a predicted termination are imagined all the same: `continuation` 0 cuts them off in
-    every estimator.
+    every estimator. They go on from the last state before it, for a reward need not be a number beyond.
     """
 
     def step(obs: Array, t: Array) -> tuple[Array, tuple[Array, ...]]:
         policy_key, model_key = jax.random.split(jax.random.fold_in(key, t))
         action, bonus = policy_fn(obs, policy_key)
         next_obs, reward, continuation = step_fn(obs, action, model_key)
-        return next_obs, (next_obs, action, reward, continuation, bonus)
+        alive = where_it_goes_on(continuation, next_obs, obs)
+        return alive, (next_obs, action, reward, continuation, bonus)
 
     _, (next_obs, action, reward, continuation, bonus) = jax.lax.scan(
         step, start_obs, jnp.arange(horizon_steps), unroll=max(horizon_steps, 1) if unrolled else 1
@@ -84,6 +86,13 @@ def rollout(
         continuation=continuation,
         bonus=bonus,
     )
+
+
+def where_it_goes_on(
+    continuation: Float[Array, " *batch"], next_obs: Float[Array, " *batch S"], obs: Float[Array, " *batch S"]
+) -> Float[Array, " *batch S"]:
+    """The next states, and where an episode ended the states before."""
+    return jnp.where(jnp.broadcast_to(continuation[..., None] > 0, obs.shape), next_obs, obs)
 
 
 def rollout_length(config: ImaginationConfig, num_env_steps: Int[Array, ""]) -> Int[Array, ""]:

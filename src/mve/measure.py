@@ -87,7 +87,8 @@ def targets_by_horizon(
         candidates = state_values(agent, rows.next_obs)[None]
     else:
         key = jax.random.key(DRAWS + 1)
-        imagined = imagine.rollout(step_fn, agent.target_policy, rows.next_obs, deepest, key)
+        start = imagine.where_it_goes_on(rows.continuation, rows.next_obs, rows.obs)
+        imagined = imagine.rollout(step_fn, agent.target_policy, start, deepest, key)
         candidates = targets.candidate_returns(
             imagined.reward + imagined.bonus,
             discount * imagined.continuation,
@@ -116,11 +117,13 @@ def returns_in_model(
         alive = discount > 0
         counts = taken + jnp.sum(alive), ends + jnp.sum(alive & (continuation == 0))
         total = total + discount * (reward + bonus)
-        return (next_obs, recipe.targets.discount * continuation * discount, total, *counts), None
+        obs = imagine.where_it_goes_on(continuation, next_obs, obs)
+        return (obs, recipe.targets.discount * continuation * discount, total, *counts), None
 
     first = recipe.targets.discount * rows.continuation
-    start = rows.next_obs, first, rows.reward, jnp.int32(0), jnp.int32(0)
-    (obs, discount, total, taken, ends), _ = jax.lax.scan(step, start, keys)
+    start = imagine.where_it_goes_on(rows.continuation, rows.next_obs, rows.obs)
+    begun = start, first, rows.reward, jnp.int32(0), jnp.int32(0)
+    (obs, discount, total, taken, ends), _ = jax.lax.scan(step, begun, keys)
     return total + discount * state_values(agent, obs), ends / jnp.maximum(taken, 1)
 
 

@@ -24,7 +24,8 @@ Activation: TypeAlias = Literal["relu", "silu", "tanh"]
 T = TypeVar("T")
 
 LAYER_NORM_EPSILON = 1e-5
-SMALLEST_STD = 1e-4  # a column that moves less is left unscaled
+SMALLEST_STD = 1e-8  # a column that moves less, in its own units, is left unscaled
+SMALLEST_SHARE = 1e-6  # and one that moves less than this of its mean, which is hardly more than rounding
 
 
 def array_module(x: Any) -> ModuleType:
@@ -175,6 +176,12 @@ def apply_gradient(
     return cast(T, optax.apply_updates(cast(Any, params), update)), opt_state
 
 
+def usable_spread(std: Any, mean: Any) -> Any:
+    """Standard deviations (X,), 1 for a column that never moved but by rounding."""
+    xp = array_module(std)
+    return xp.where(std > xp.maximum(SMALLEST_STD, SMALLEST_SHARE * xp.abs(mean)), std, xp.ones_like(std))
+
+
 class Normaliser(eqx.Module):
     """Mean, spread and range of each column over all rows ever seen, updated block by block."""
 
@@ -195,16 +202,22 @@ class Normaliser(eqx.Module):
         )
 
     @property
+    def spread(self) -> jax.Array:
+        """Standard deviation, 0 for a column that never moved; 1 before anything was seen."""
+        seen = jnp.broadcast_to(self.count > 0, self.mean.shape)
+        return jnp.where(seen, jnp.sqrt(self.sum_of_squares / jnp.maximum(self.count, 1.0)), 1.0)
+
+    @property
     def std(self) -> jax.Array:
         """Standard deviation, 1 for a column that never moved: near-constant columns must not blow up."""
-        std = jnp.sqrt(self.sum_of_squares / jnp.maximum(self.count, 1.0))
-        return jnp.where(std < SMALLEST_STD, 1.0, std)
+        return usable_spread(self.spread, self.mean)
 
     def scale(self, x: Array) -> Array:
         return (x - jnp.broadcast_to(self.mean, x.shape)) / jnp.broadcast_to(self.std, x.shape)
 
     def unscale(self, z: Array) -> Array:
-        return z * jnp.broadcast_to(self.std, z.shape) + jnp.broadcast_to(self.mean, z.shape)
+        """What was scaled; the mean where a column never moved, whatever a net makes of that."""
+        return z * jnp.broadcast_to(self.spread, z.shape) + jnp.broadcast_to(self.mean, z.shape)
 
     def clip(self, x: Array) -> Array:
         return jnp.clip(x, jnp.broadcast_to(self.low, x.shape), jnp.broadcast_to(self.high, x.shape))

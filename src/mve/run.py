@@ -102,7 +102,7 @@ class Run:
         self.recipe = self._make_recipe()
 
     def _make_recipe(self) -> Recipe:
-        settings = self.config
+        settings, block_steps = self.config, self.config.train.block_steps
         recipe = Recipe(
             obs_size=self.spec.obs_size,
             action_size=self.spec.action_size,
@@ -112,7 +112,7 @@ class Run:
             imagination=settings.imagination,
             targets=settings.targets,
             recency=settings.replay.recency,
-            learning_starts=int(settings.train.learning_starts),
+            warmup_steps=-(-int(settings.train.learning_starts) // block_steps) * block_steps,
         )
         if settings.dynamics.kind != "oracle" or not recipe.uses_model:
             return recipe
@@ -270,11 +270,11 @@ class Run:
     # Records
 
     def note(self, numbers: Mapping[str, float], step: int, *, fits: int, updates: int) -> None:
-        """What learning up to `step` said, `updates` of the agent in all. Where nothing is fitted, or no
-        rollouts are taken, nothing is said of them: the last word on them stands."""
+        """What learning up to `step` said, `updates` of the agent in all. Where nothing is fitted or judged,
+        or no rollouts are taken, nothing is said of them: the last word on them stands."""
         if what := divergence.not_finite(numbers, fits):
             raise self.diverged(f"{what} is not finite", step)
-        absent = ("imagination/",) if fits else ("imagination/", "model/")
+        absent = ("imagination/", "model/mse_k" if fits else "model/")
         said = {k: x for k, x in numbers.items() if np.isfinite(x) or not k.startswith(absent)}
         said["train/n_updates"] = float(updates)
         said["mve/horizon"] = float(self.recipe.expanded_steps)

@@ -75,11 +75,11 @@ def check(config: Config, fits_model: bool) -> None:
             f"dynamics.learning_starts = {dynamics.learning_starts} is after train.learning_starts = "
             f"{train.learning_starts}: the agent would imagine with a model that was never fitted"
         )
-    first_refit = dynamics.learning_starts + dynamics.interval_steps
-    if fits_model and not dynamics.initial_fits and first_refit > train.learning_starts:
+    if fits_model and dynamics.first_fit > train.learning_starts:
         raise UserError(
-            f"the model is first fitted at step {first_refit} (dynamics.learning_starts + interval_steps), "
-            f"after train.learning_starts = {train.learning_starts}; set dynamics.initial_fits"
+            f"the model is first fitted at step {dynamics.first_fit} (dynamics.learning_starts + "
+            f"interval_steps), after train.learning_starts = {train.learning_starts}; "
+            "set dynamics.initial_fits"
         )
     if 0 < config.imagination.trust < 1:
         raise UserError(

@@ -34,7 +34,7 @@ class Recipe:
     imagination: ImaginationConfig = field(default_factory=ImaginationConfig)
     simulator: StepFn | None = None  # the true dynamics, in place of a fitted model
     recency: float = 1.0  # of the rows that are drawn from replay
-    learning_starts: int = 0  # environment steps of the warm-up
+    warmup_steps: int = 0  # environment steps of the warm-up, which is of whole blocks
 
     @property
     def uses_model(self) -> bool:

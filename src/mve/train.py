@@ -224,7 +224,7 @@ def learn_block(state: TrainState, block: Transition, due: Due, recipe: Recipe) 
     metrics: Metrics = {}
     if state.calibration is not None:
         # On a block that the model has not seen yet, and never before it was first fitted.
-        counts = is_new & (state.num_env_steps > recipe.dynamics.learning_starts)
+        counts = is_new & (state.num_env_steps > recipe.dynamics.first_fit)
         observed = calibrate(state, block, rows, recipe, replay_key)
         known = jax.tree.map(partial(jnp.where, counts), observed, state.calibration)
         state, metrics = replace(state, calibration=known), calibration.metrics(known)

@@ -28,8 +28,8 @@ def open_loop_error(
     """Mean squared error of the state after k steps of the logged actions, in units of the data's spread.
 
     Measured on a block *before* the model is fitted to it, so that no data is held back and none is
-    judged by a model that has seen it (prequential error; Dawid 1984). Segments stay within an episode.
-    The ensemble's mean is what is judged, without noise.
+    judged by a model that has seen it (prequential error; Dawid 1984). Segments stay within an episode; NaN
+    for a depth that none reaches. The ensemble's mean is what is judged, without noise.
     """
     errors = {}
     obs, horizon = block.obs, block.reward.shape[0]
@@ -42,6 +42,5 @@ def open_loop_error(
             scale = jnp.broadcast_to(model.obs.std, obs.shape)
             error = jnp.mean(jnp.square((obs - block.next_obs[here]) / scale), axis=-1)
             valid = (row + k <= num_rows) & (block.episode[here] == block.episode)
-            count = jnp.sum(valid, dtype=jnp.float32)
-            errors[k] = jnp.sum(jnp.where(valid, error, 0.0)) / jnp.maximum(count, 1.0)
+            errors[k] = jnp.sum(jnp.where(valid, error, 0.0)) / jnp.sum(valid, dtype=jnp.float32)
     return errors

@@ -48,13 +48,13 @@ def step(
     noise_key = key
     if config.sample != "none":
         key, noise_key = jax.random.split(key)
-    rows = obs.shape[0]
+    slots = _slots(model, obs.shape[0])
     if num_members(model) == 1:
         start = jnp.int32(0)
     elif offset is not None:
-        start = offset % rows
+        start = offset % slots
     else:
-        start = jax.random.randint(key, (), 0, rows)
+        start = jax.random.randint(key, (), 0, slots)
     predicted = _dealt(model, obs, action, start)
     change = predicted.mean
     if config.sample != "none":
@@ -62,18 +62,24 @@ def step(
     return _finish_step(model, known, config, obs, action, model.change.unscale(change))
 
 
+def _slots(model: Dynamics, rows: int) -> int:
+    """Places for so many rows in equal blocks, one for each member."""
+    members = num_members(model)
+    return -(-rows // members) * members
+
+
 def _dealt(model: Dynamics, obs: Array, action: Array, start: Array) -> Prediction:
-    """One member's prediction for every row (B, O), in blocks of neighbours from row `start` on."""
+    """One member's prediction for every row (B, O), in blocks of neighbours: row r in slot r - `start`."""
     members, rows = num_members(model), obs.shape[0]
-    block = -(-rows // members)
-    # Padded to a whole number of blocks; the copies at the end are dropped again.
-    order = (jnp.arange(block * members) + start) % rows
+    slots = _slots(model, rows)
+    # Slots beyond the rows have a copy, which is dropped again.
+    order = (jnp.arange(slots) + start) % slots % rows
 
     def deal(x: Array) -> Array:
-        return x[order].reshape(members, block, x.shape[-1])
+        return x[order].reshape(members, slots // members, x.shape[-1])
 
     def collect(x: Array) -> Array:
-        return x.reshape(block * members, -1)[(jnp.arange(rows) - start) % rows]
+        return x.reshape(slots, -1)[(jnp.arange(rows) - start) % slots]
 
     return jax.tree.map(collect, predict(model, deal(obs), deal(action)))
 
@@ -97,7 +103,7 @@ def disagreement(model: Dynamics, obs: Array, action: Array, key: Key) -> Float[
     """
     if model.elites is not None:
         model = only(model, model.elites)
-    start = jax.random.randint(key, (), 0, obs.shape[0])
+    start = jax.random.randint(key, (), 0, _slots(model, obs.shape[0]))
     others = only(model, jnp.roll(jnp.arange(num_members(model)), 1))
     a, b = (_dealt(each, obs, action, start) for each in (model, others))
     apart = jnp.square(a.mean - b.mean)
@@ -142,7 +148,8 @@ def few_members_step(model: Dynamics, known: Known, config: DynamicsConfig, key:
         del key  # means, as in `member_step`
         rows = math.prod(obs.shape[:-1])
         # Copies of a row are at least B rows apart, a block has at most B: no two are in one.
-        predicted = _dealt(model, obs.reshape(rows, -1), action.reshape(rows, -1), offset % rows)
+        start = offset % _slots(model, rows)
+        predicted = _dealt(model, obs.reshape(rows, -1), action.reshape(rows, -1), start)
         change = predicted.mean.reshape(*obs.shape[:-1], -1)
         next_obs, reward, continuation = _finish_step(
             model, known, config, obs, action, model.change.unscale(change)

@@ -86,6 +86,11 @@ class DynamicsConfig:
     has gone on, take the place of the net that learns them, for as long as they explain all but 5 % of the
     latest 1024 ends (ours)."""
 
+    @property
+    def first_fit(self) -> int:
+        """Environment steps before the model was fitted at all."""
+        return self.learning_starts + (0 if self.initial_fits else self.interval_steps)
+
     def __post_init__(self) -> None:
         if self.sample != "none" and self.noise == "none":
             raise UserError(

@@ -155,7 +155,9 @@ def replay(
     def step(obs: Array, t: Array) -> tuple[Array, tuple[Array, Array, Array]]:
         action = jnp.broadcast_to(real.action[t], (members, *real.action[t].shape))
         next_obs, reward, continuation = step_fn(obs, action, jax.random.fold_in(key, t))
-        return next_obs, (next_obs, reward, continuation)
+        # As in imagination: what follows an end counts for nothing, and has to be a number.
+        alive = jnp.where(jnp.broadcast_to(continuation[..., None] > 0, obs.shape), next_obs, obs)
+        return alive, (next_obs, reward, continuation)
 
     start = jnp.broadcast_to(block.obs, (members, *block.obs.shape))
     _, (next_obs, reward, continuation) = jax.lax.scan(step, start, depth[:, 0])
