@@ -48,9 +48,79 @@ def test_the_table_has_a_row_for_each_task_step_and_algorithm() -> None:
     curves += [curve("b", 0, 7.0, 9.0), curve("a", 0, 1.0, env="Other-v1")]
     rows = compare.table(curves, [2000])
     assert [row[:4] for row in rows] == [("Task-v1", "a", "2 k", "4"), ("Task-v1", "b", "2 k", "1")]
-    assert rows[0][4].startswith("2 [")  # the mean of 1 and 2, rounded
+    assert rows[0][4].startswith("1.5 [")  # the mean of 1 and 2
     assert rows[0][7] == "0 1 2 3"
     assert compare.common_steps(curves) == [1000, 2000]
+
+
+def test_what_lies_between_is_marked_and_across_a_wide_gap_nothing_is_said() -> None:
+    far, near = (
+        Curve("gym", "Task-v1", name, "0", "here", np.array(step, np.float64), np.array(value, np.float64))
+        for name, step, value in (("far", (0, 10_000), (0, 500)), ("near", (0, 1010, 2000), (0, 101, 400)))
+    )
+    cells = {row[1]: row[4] for row in compare.table([far, near], [1000])}
+    assert cells == {"near": "100"}  # at 1010, as good as there
+    cells = {(row[1], row[2]): row[4] for row in compare.table([far, near], [1500, 6000, 10_000])}
+    assert cells == {("near", "1.5 k"): f"~{101 + 299 * 490 / 990:.0f}", ("far", "10 k"): "500"}
+
+
+def test_small_returns_keep_their_digits(tmp_path: Path) -> None:
+    curves = [curve("a", seed, 0.2 + 0.0512 * seed) for seed in range(3)]
+    [row] = compare.table(curves, [1000])
+    assert row[4:] == ("0.251 [0.2, 0.302]", "0.251", "0.251", "0.2 0.251 0.302")
+    again, _ = compare.read([compare.write_csv(curves[1:], tmp_path / "a.csv")])
+    np.testing.assert_array_equal(again.value, [0.2512])
+
+
+def test_a_seed_counts_once_and_own_runs_are_not_mixed_with_published_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, old = tmp_path / "own.csv", tmp_path / "old.csv"
+    compare.write_csv([curve("a", 0, 100.0), curve("a", 1, 300.0)], own)
+    compare.write_csv([curve("a", 0, 700.0)], old)
+    assert cli.main(["compare", str(own), "--against", str(old)]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [("published" in row, row.split()[-1]) for row in rows] == [(False, "300"), (True, "700")]
+    assert cli.main(["compare", str(own), str(old)]) == 2
+    assert "seed 0 of a on Task-v1 is there twice" in capsys.readouterr().err
+    assert cli.main(["compare", str(own), f"old={old}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["own.csv", "--only", "b"], "--only b is not published there; none is"),
+        (["own.csv", "--against", "own.csv", "--only", "b"], "--only b is not published there; a is"),
+        (["run"], "none of these runs has been evaluated yet"),
+        (["nothing"], "config.json is not a run's: it has no 'env'"),
+        (["own.csv", "--csv", "."], "cannot write"),
+        (["own.csv", "--output", "."], "cannot draw"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    compare.write_csv([curve("a", 0, 100.0)], Path("own.csv"))
+    write_run(Path("run"), "Task-v1", "a", seed=0, model=False, points=0)
+    write_run(Path("nothing"), "Task-v1", "a", seed=0, model=False)
+    Path("nothing/config.json").write_text("{}")
+    assert cli.main(["compare", *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_curves_that_do_not_overlap_are_drawn_apart(tmp_path: Path) -> None:
+    one, other = (
+        Curve("gym", "T", "a", str(seed), "", np.array(step), np.ones(len(step)))
+        for seed, step in enumerate(([1000.0], [5000.0, 10_000.0]))
+    )
+    assert compare.picture([one, other], [], tmp_path / "a.png").stat().st_size > 5000
+    assert compare.picture([one], [other], tmp_path / "b.png", last=500).stat().st_size > 5000
 
 
 def test_what_is_written_is_read_again_and_drawn(tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ from jaxtyping import Float
 
 from mve.folders import runs_in
 from mve.log import VERSIONS, read_json
-from mve.plot import COLOURS, STYLE, mean_curve, read_run, thousands, write
+from mve.plot import COLOURS, STYLE, draw_line, mean_curve, read_run, thousands, write
 from mve.types import UserError
 
 COLUMNS = ("suite", "env", "algo", "seed", "step", "return", "source")
 CONFIDENCE, RESAMPLES = 0.95, 5000
+NEAR = 0.02  # share of a step: an evaluation as near to it is one at it
+BETWEEN = "~"  # before a number that is interpolated between evaluations further off
 
 
 class Curve(NamedTuple):
@@ -46,6 +48,7 @@ class Score(NamedTuple):
     iqm: float
     low: float  # of the 95 % interval about the interquartile mean; nan for a single seed
     high: float
+    measured: bool  # by evaluations at that step, all of them
 
 
 def read(paths: Sequence[Path]) -> list[Curve]:
@@ -113,18 +116,19 @@ def _read_csv(path: Path) -> list[Curve]:
 
 def write_csv(curves: Iterable[Curve], path: Path) -> Path:
     """All evaluations as one CSV file, by task, algorithm, seed and step."""
-    written = path.with_name(f".writing.{path.name}")
     try:
+        written = path.with_name(f".writing.{path.name}")
         with written.open("w", encoding="utf-8", newline="") as file:
             out = csv.writer(file, lineterminator="\n")
             out.writerow(COLUMNS)
             for curve in sorted(curves, key=lambda c: (c.suite, c.env, c.algo, len(c.seed), c.seed)):
                 for step, value in zip(curve.step, curve.value, strict=True):
                     name = (curve.suite, curve.env, curve.algo, curve.seed)
-                    out.writerow((*name, int(step), f"{value:.2f}", curve.source))
+                    number = f"{value:.2f}" if value == 0 or abs(value) >= 1 else f"{value:.5g}"
+                    out.writerow((*name, int(step), number, curve.source))
         written.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     return path
 
 
@@ -137,17 +141,28 @@ def grouped(curves: Sequence[Curve]) -> dict[str, dict[str, list[Curve]]]:
 
 
 def score(curves: Sequence[Curve], step: float | int) -> Score | None:
-    """What those seeds that came so far had reached at a step, interpolated between evaluations.
+    """What those seeds that came so far had reached at a step, interpolated between evaluations that are no
+    further apart than the step is from 0: what lies between the first and a last one is not known.
 
     The interquartile mean drops a quarter of the seeds, rounded down, at either end; its interval is the
     percentile bootstrap over seeds (Agarwal et al. 2021, arXiv 2108.13264, section 4; one task is one
-    stratum). None if no seed has come so far.
+    stratum): of two or three seeds, their range. None if no seed has come so far.
     """
-    reached = [c for c in curves if len(c.step) and c.step[0] <= step <= c.step[-1]]
+    reached = [c for c in curves if _gap(c, step) <= step]
     if not reached:
         return None
     values = np.array([np.interp(step, c.step, c.value) for c in reached])
-    return Score(values, iqm(values), *interval(values))
+    return Score(values, iqm(values), *interval(values), measured=not any(_gap(c, step) for c in reached))
+
+
+def _gap(curve: Curve, step: float | int) -> float:
+    """Steps between the evaluations before and after; 0 where there is one, infinite where there are none."""
+    if not len(curve.step) or not curve.step[0] <= step <= curve.step[-1]:
+        return math.inf
+    if np.min(np.abs(curve.step - step)) <= NEAR * step:
+        return 0.0
+    after = int(np.searchsorted(curve.step, step))
+    return float(curve.step[after] - curve.step[after - 1])
 
 
 def iqm(values: Float[np.ndarray, " seeds"]) -> float:
@@ -174,6 +189,18 @@ def interval(values: Float[np.ndarray, " seeds"]) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
+def refuse_twice(curves: Sequence[Curve]) -> None:
+    """A seed counts once: UserError where two curves are of one task, algorithm and seed."""
+    seen: dict[tuple[str, ...], Curve] = {}
+    for curve in curves:
+        name = (curve.suite, curve.env, curve.algo, curve.seed)
+        if (other := seen.setdefault(name, curve)) is not curve:
+            raise UserError(
+                f"seed {curve.seed} of {curve.algo} on {curve.env} is there twice (from {other.source} and "
+                f"{curve.source}), and would count twice; leave one out, or name them apart: NAME=PATH"
+            )
+
+
 def common_steps(curves: Sequence[Curve]) -> list[int]:
     """For each task, the last step that all of its curves have reached."""
     tasks = grouped([curve for curve in curves if len(curve.step)])
@@ -188,16 +215,23 @@ def table(curves: Sequence[Curve], steps: Sequence[int]) -> list[tuple[str, ...]
             for algo, group in algos.items():
                 if (found := score(group, step)) is None:
                     continue
-                values = found.values
-                spread = "" if math.isnan(found.low) else f" [{found.low:.0f}, {found.high:.0f}]"
+                values, between = found.values, "" if found.measured else BETWEEN
+                shown = [found.iqm, found.low, found.high, values.mean(), np.median(values), *np.sort(values)]
+                middle, low, high, mean, median, *every = _numbers(shown)
+                spread = "" if math.isnan(found.low) else f" [{low}, {high}]"
                 rows.append(
                     (
-                        env, algo, thousands(float(step)), str(len(values)), f"{found.iqm:.0f}{spread}",
-                        f"{values.mean():.0f}", f"{np.median(values):.0f}",
-                        " ".join(f"{value:.0f}" for value in np.sort(values)),
+                        env, algo, thousands(float(step)), str(len(values)), f"{between}{middle}{spread}",
+                        mean, median, " ".join(every),
                     )
                 )  # fmt: skip
     return rows
+
+
+def _numbers(values: Sequence[float]) -> list[str]:
+    """Returns as a table has them: whole, or with three digits where all are small."""
+    small = max(abs(value) for value in values if not math.isnan(value)) < 100
+    return [f"{value:.3g}" if small else f"{value:.0f}" for value in values]
 
 
 HEADER = ("task", "algorithm", "step", "seeds", "IQM [95 %]", "mean", "median", "every seed")
@@ -211,6 +245,7 @@ def picture(
     import matplotlib
     from matplotlib.figure import Figure
 
+    curves, references = ([c for c in some if len(c.step)] for some in (curves, references))
     tasks, known = grouped(curves), grouped(references)
     algos = list(dict.fromkeys(curve.algo for curve in curves))
     others = list(dict.fromkeys(c.algo for c in references if c.env in tasks))
@@ -222,10 +257,13 @@ def picture(
             figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True
         ):
             axis.set_title(env, loc="left", fontsize=13, fontweight="bold")
-            end = float(last or max(c.step[-1] for group in by_algo.values() for c in group if len(c.step)))
+            end = float(last or max(c.step[-1] for group in by_algo.values() for c in group))
             for algo, group in known.get(env, {}).items():
                 step, middle, _, _ = along(group, end)
+                if len(step) == 0:
+                    continue
                 style = {"color": greys[algo], "linestyle": (0, (4, 2)), "linewidth": 1.4}
+                style |= {"marker": "o", "markersize": 3}  # where it was measured: it may be seldom
                 axis.plot(step, middle, label=f"{algo}, {_seeds(group)} (published)", **style)
             for algo, group in by_algo.items():
                 _draw(axis, algo, group, end, colours[algo])
@@ -241,17 +279,19 @@ def _draw(axis: Any, algo: str, group: Sequence[Curve], end: float, colour: str)
     for curve in group:
         axis.plot(curve.step, curve.value, color=colour, linewidth=0.7, alpha=0.4)
     step, middle, low, high = along(group, end)
-    axis.plot(step, middle, color=colour, linewidth=2.4, label=f"{algo}, {_seeds(group)}")
+    draw_line(axis, (step, middle), color=colour, linewidth=2.4, label=f"{algo}, {_seeds(group)}")
     if len(group) > 1:
         axis.fill_between(step, low, high, color=colour, alpha=0.16, linewidth=0)
 
 
 def along(group: Sequence[Curve], end: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Steps that all the seeds cover, up to `end`; the interquartile mean there and its interval."""
-    step, _ = mean_curve([(curve.step, curve.value) for curve in group if len(curve.step)])
-    step = np.unique(np.append(step[step < end], min(end, step[-1])))
-    scores = [found for s in step if (found := score(group, s)) is not None]
-    middle, low, high = (np.array([s[i] for s in scores]) for i in (1, 2, 3))
+    step, _ = mean_curve([(curve.step, curve.value) for curve in group])
+    if len(step):
+        step = np.unique(np.append(step[step < end], min(end, step[-1])))
+    scores = [(s, found) for s in step if (found := score(group, s)) is not None]
+    points = [(s, found.iqm, found.low, found.high) for s, found in scores]
+    step, middle, low, high = np.array(points).reshape(-1, 4).T
     return step, middle, low, high
 
 

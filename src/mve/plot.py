@@ -93,11 +93,16 @@ def read_run(folder: Path) -> Run:
             usable = np.isfinite(value) & (value > 0)  # the axis is logarithmic
             if usable.any():
                 errors[int(name.removeprefix(MODEL_ERROR))] = (at[usable], value[usable])
+    try:
+        task, algo, seed = facts.get("task") or facts["env"]["id"], facts["algo"], facts["seed"]
+        estimator, horizon = facts["targets"]["estimator"], facts["targets"]["horizon_steps"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} is not a run's: it has no {error}") from error
     return Run(
-        task=facts.get("task") or facts["env"]["id"],
-        algo=facts["algo"],
-        horizon=0 if facts["targets"]["estimator"] == "one_step" else facts["targets"]["horizon_steps"],
-        seed=facts["seed"],
+        task=task,
+        algo=algo,
+        horizon=0 if estimator == "one_step" else horizon,
+        seed=seed,
         step=step,
         mean=np.array([r.mean() for r in returns]),
         low=np.array([r.min() for r in returns]),
@@ -141,7 +146,7 @@ def _draw_returns(axis: Any, task: str, runs: list[Run], colours: dict[str, str]
             for run in group:
                 axis.plot(run.step, run.mean, color=colour, linewidth=0.9, alpha=0.45)
         average = mean_curve([(run.step, run.mean) for run in group])
-        _draw_line(axis, average, color=colour, linewidth=2.4, label=label)
+        draw_line(axis, average, color=colour, linewidth=2.4, label=label)
     if len(evaluated) == 1:  # bands of several runs would hide each other
         run, colour = evaluated[0], colours[evaluated[0].algo]
         band = {"facecolor": colour, "edgecolor": colour, "alpha": 0.16, "linewidth": 0.5}
@@ -162,9 +167,7 @@ def _draw_model_error(axis: Any, runs: list[Run], colours: dict[str, str]) -> An
             curves = [run.errors[depth] for run in group if depth in run.errors]
             label = f"{'' if alone else f'{algo}:'}\n{depth} step{'s' * (depth > 1)} ahead".lstrip()
             fading = max(1.0 - 0.3 * i, 0.25) if alone else 1.0
-            _draw_line(
-                axis, mean_curve(curves), color=colours[algo], alpha=fading, linewidth=1.6, label=label
-            )
+            draw_line(axis, mean_curve(curves), color=colours[algo], alpha=fading, linewidth=1.6, label=label)
     axis.set_ylabel("model error\n(mse / variance)")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
@@ -173,8 +176,8 @@ def _draw_model_error(axis: Any, runs: list[Run], colours: dict[str, str]) -> An
     return axis
 
 
-def _draw_line(axis: Any, points: tuple[np.ndarray, np.ndarray], **style: Any) -> None:
-    # A line through one point is invisible.
+def draw_line(axis: Any, points: tuple[np.ndarray, np.ndarray], **style: Any) -> None:
+    """A line, or a point where it is only one: a line through that is invisible."""
     axis.plot(*points, marker="o" if len(points[0]) == 1 else None, **style)
 
 
@@ -203,11 +206,13 @@ def thousands(steps: float, position: int = 0) -> str:
 
 def write(figure: Any, output: Path) -> Path:
     """Whole or not at all; the suffix of the name decides the kind of picture."""
-    written = output.with_name(f".writing.{output.name}")
+    written: Path | None = None
     try:
+        written = output.with_name(f".writing.{output.name}")
         figure.savefig(written, dpi=150)
         written.replace(output)
     except (OSError, ValueError) as error:
-        written.unlink(missing_ok=True)
+        if written:
+            written.unlink(missing_ok=True)
         raise UserError(f"cannot draw {output}: {getattr(error, 'strerror', None) or error}") from error
     return output

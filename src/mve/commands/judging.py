@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -91,20 +92,41 @@ class Compare:
 
     def run(self) -> int:
         from mve import compare
+        from mve.plot import thousands
         from mve.types import UserError
 
         if not self.paths:
             raise UserError("compare: no run folder or CSV file is given; see `mve compare --help`")
-        curves, published = compare.read_named(self.paths), compare.read(self.against)
-        tasks = {curve.env for curve in curves}
-        published = [c for c in published if c.env in tasks and (not self.only or c.algo in self.only)]
+        every, published = compare.read_named(self.paths), compare.read(self.against)
+        curves = [curve for curve in every if len(curve.step)]
+        if not curves:
+            raise UserError("compare: none of these runs has been evaluated yet; come back once one has")
+        if silent := len(every) - len(curves):
+            print(f"compare: {silent} of {len(every)} runs not evaluated yet, left out", file=sys.stderr)
+        compare.refuse_twice(curves)
+        if unknown := set(self.only) - {curve.algo for curve in published}:
+            known = ", ".join(dict.fromkeys(curve.algo for curve in published)) or "none"
+            raise UserError(f"compare: --only {' '.join(sorted(unknown))} is not published there; {known} is")
+        tasks, own = {curve.env for curve in curves}, {curve.algo for curve in curves}
+        published = [
+            c._replace(algo=f"{c.algo} (published)") if c.algo in own else c
+            for c in published
+            if c.env in tasks and (not self.only or c.algo in self.only)
+        ]
         steps = self.at or compare.common_steps(curves)
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
         for name in compare.HEADER:
             table.add_column(name, no_wrap=name != compare.HEADER[-1])
-        for row in compare.table([*curves, *published], steps):
+        rows = compare.table([*curves, *published], steps)
+        for row in rows:
             table.add_row(*map(Text, row))
         Console(width=max(Console().width, 120)).print(table)  # every seed beside the rest
+        if any(row[4].startswith(compare.BETWEEN) for row in rows):
+            print(f"{compare.BETWEEN} between evaluations before and after that step", file=sys.stderr)
+        if late := [step for step in steps if all(row[2] != thousands(float(step)) for row in rows)]:
+            print(
+                f"compare: nothing has been evaluated about step {', '.join(map(str, late))}", file=sys.stderr
+            )
         if self.csv:
             print(compare.write_csv(curves, self.csv))
         if self.output:
