@@ -31,6 +31,7 @@ from mve.types import Key, Transition, UserError
 
 HEADER = ("settings", "bias", "root mean square", "correlation", "before an end", "earned there")
 NEAR, FAR = 20, 100  # steps to an episode's end that are called shortly before
+HELD = "targets.discount"  # what was earned is by the run's own
 ALLOWED = ("targets.", "imagination.real_share", "imagination.length", "replay.recency")
 
 
@@ -57,8 +58,10 @@ def play(learner: Learner, num_episodes: int) -> Earned:
 def asked_recipe(learner: Learner, settings: str) -> Recipe:
     """The run's, with other targets and rows."""
     for setting in settings.split():
-        if not setting.startswith(ALLOWED):
-            raise UserError(f"--try {setting}: agent and model are held; set one of {', '.join(ALLOWED)}")
+        if not setting.startswith(ALLOWED) or setting.startswith(HELD):
+            raise UserError(
+                f"--try {setting}: agent, model and {HELD} are held; set one of {', '.join(ALLOWED)}"
+            )
     asked = config.build(learner.config.env.id, learner.config.algo, settings.split())
     own = learner.config
     asked = replace(asked, train=own.train, dynamics=own.dynamics, agent=own.agent)

@@ -319,7 +319,9 @@ def times(folders: Sequence[Path]) -> list[tuple[str, ...]]:
     rows = []
     for folder in folders:
         runs = seeds_of(folder)
-        records = [read_metrics(run) for run in runs]
+        records = [found for run in runs if "time/time_elapsed" in (found := read_metrics(run))]
+        if not records:
+            continue  # begun just now
         seconds, steps = (
             float(np.median([record[name][-1] for record in records]))
             for name in ("time/time_elapsed", "time/total_timesteps")

@@ -58,9 +58,11 @@ def errors_and_cost(
         model, _ = dynamics.fit(model, partial(replay.sample, memory, recency=recency), fitting, fits, key)
         return model, memory, errors
 
-    sizes, known = (rows.obs.shape[1], rows.action.shape[1]), recipe.known
-    if fitting.termination == "learned":
-        known = Known(known.reward, None)
+    sizes = rows.obs.shape[1], rows.action.shape[1]
+    known = Known(
+        None if fitting.reward == "learned" else recipe.known.reward,
+        None if fitting.termination == "learned" else recipe.known.termination,
+    )
     model = dynamics.init(fitting, known, *sizes, jax.random.key(seed))
     memory = replay.init(num_rows, *sizes)
     errors: list[list[float]] = []

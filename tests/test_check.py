@@ -92,6 +92,9 @@ def test_arguments_in_the_wrong_places_or_units_are_recognised() -> None:
     assert reward_score(pendulum, env, 50).agrees
     swapped = reward_score(lambda obs, action, next_obs: pendulum(next_obs, action, obs), env, 50)
     assert "obs and next_obs exchanged" in swapped.verdict
+    # As JAX alone has it, whatever the arguments are.
+    cleared = lambda obs, action, next_obs: pendulum(next_obs, action.at[..., 0].multiply(1.0), obs)  # noqa: E731
+    assert "obs and next_obs exchanged" in reward_score(cleared, env, 50).verdict
     scaled = reward_score(lambda obs, action, next_obs: pendulum(obs, 2.0 * action, next_obs), env, 50)
     assert "right for actions in [-1, 1]" in scaled.verdict
 

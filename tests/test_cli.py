@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -538,6 +538,19 @@ def test_the_doctor_fails_when_something_does(
     out = capsys.readouterr().out
     assert "fail" in out
     assert "ZeroDivisionError" in out
+
+
+def test_the_doctor_reports_even_a_jax_without_devices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nothing() -> NoReturn:
+        raise AssertionError("no device of the platforms asked for")
+
+    monkeypatch.setattr("jax.devices", nothing)
+    assert main(["doctor", "--json"]) == 1
+    findings = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert findings["versions"]["detail"] == "AssertionError: no device of the platforms asked for"
+    assert findings["matplotlib"]["status"] == "ok"
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

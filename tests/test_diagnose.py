@@ -294,6 +294,9 @@ def test_the_selector_takes_the_nearest_target_of_every_state() -> None:
     assert found["share_won"] == measure.plain([share])[0]
     assert measure.selector(by_horizon, by_horizon[0], earned)["share_won"] == 0
     assert measure.selector(by_horizon[:1], by_horizon[0], earned)["share_won"] is None
+    diverged = by_horizon.copy()
+    diverged[-1, :] = np.nan
+    assert measure.selector(diverged, target, earned)["chosen"][-1] == 0.0
 
 
 def judged_state() -> TrainState:
@@ -417,6 +420,16 @@ def test_diagnose_writes_numbers_and_picture_and_says_what_it_found(
     assert report["in_model"]["steps"] == 44  # 0.9^44 < 0.01
     for name in ("on policy ", "true model ", "selector ", "imagined "):
         assert f"\n{name}" in out
+
+    for level in error["state"].values():  # as of a model that diverges after a few steps
+        level[4:] = [None] * len(level[4:])
+    for name in ("rmse", "bias"):
+        found[name][4:] = [None] * len(found[name][4:])
+    report["calibration"][-1] |= {"ratio": None, "error": [None] * 5, "spread": [None] * 5}
+    report["selector"]["rmse"] = report["in_model"]["bias"] = report["target"]["rmse"] = None
+    report["best_horizon"] = 3
+    text = diagnose.summary(report, diagnose.write(report, tmp_path / "diverged"))
+    assert text.count("not finite") == 5
 
 
 def test_a_base_learner_gets_the_critic_part_alone(tmp_path: Path) -> None:

@@ -188,11 +188,12 @@ def _reward_slip(candidate: Candidate, told: np.ndarray, steps: Steps, allowed: 
 
 def _exchange(candidate: Candidate, steps: Steps, right: Callable[[Any], bool]) -> str:
     """Whether the function would be right with its arguments in other places or units."""
+    function = jax.jit(candidate.function)
     with np.errstate(all="ignore"):
-        if right(candidate.function(steps.next_obs, steps.action, steps.obs)):
+        if right(function(steps.next_obs, steps.action, steps.obs)):
             return "It is right with obs and next_obs exchanged."
         same_shape = steps.agents_action.shape == steps.action.shape  # not so where they are one-hot
-        if same_shape and right(candidate.function(steps.obs, steps.agents_action, steps.next_obs)):
+        if same_shape and right(function(steps.obs, steps.agents_action, steps.next_obs)):
             return "It is right for actions in [-1, 1], but it is given the environment's own units."
     return ""
 

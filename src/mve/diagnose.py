@@ -174,7 +174,7 @@ def _targets(
     found: Json = {
         "target": {"horizon": used} | measure.score(target, earned),
         "targets_by_horizon": _by_horizon(by_horizon, earned),
-        "best_horizon": int(np.argmin(np.mean((by_horizon - earned) ** 2, axis=1))),
+        "best_horizon": int(np.argmin(measure.numbers_first(np.mean((by_horizon - earned) ** 2, axis=1)))),
         "horizon_weights": weights + [0.0] * (len(by_horizon) - len(weights)),
         "selector": measure.selector(by_horizon, target, earned) if len(by_horizon) > 1 else None,
     }
@@ -298,8 +298,8 @@ def summary(report: Json, folder: Path) -> str:
         f"{report['env']}, {report['algo']}, step {report['step']}: "
         f"{len(report['returns'])} {played} episodes, {report['scored']} states scored",
         f"returns      {np.mean(report['returns']):.1f} ± {np.std(report['returns']):.1f} an episode; "
-        f"discounted they spread by {report['return_std']:.4g}",
-        f"critic       bias {critic['bias']:+.4g}, root mean square error {critic['rmse']:.4g}",
+        f"discounted they spread by {_shown(report['return_std'])}",
+        f"critic       bias {_shown(critic['bias'], '+')}, root mean square error {_shown(critic['rmse'])}",
     ]
     if report.get("selector") is not None:
         lines += _about_targets(report)
@@ -307,8 +307,8 @@ def summary(report: Json, folder: Path) -> str:
         lines.append(_about_model("model", error, "logged actions"))
     if (dream := report.get("in_model")) is not None:
         lines.append(
-            f"imagined     bias {dream['bias']:+.4g} of returns in the model alone; {_rate(dream['ends'])} "
-            f"ends an episode there, in truth {_rate(dream['ends_played'])}"
+            f"imagined     bias {_shown(dream['bias'], '+')} of returns in the model alone; "
+            f"{_rate(dream['ends'])} ends an episode there, in truth {_rate(dream['ends_played'])}"
         )
     if (found := report.get("terminations")) is not None:
         lines.append(_about_terminations(found))
@@ -316,7 +316,7 @@ def summary(report: Json, folder: Path) -> str:
         lines.append(_about_model("on policy", report["model_error_on_policy"], "the policy's own actions"))
     for found in report.get("calibration") or []:
         lines.append(
-            f"ensemble     {found['depth']} deep: error {found['ratio']:.2f} times the members' spread"
+            f"ensemble     {found['depth']} deep: error {_shown(found['ratio'])} times the members' spread"
         )
     if report["largest_tail_weight"] > LARGEST_TAIL:
         lines.append(
@@ -330,6 +330,11 @@ def summary(report: Json, folder: Path) -> str:
     elif report["mode"] == "fresh" and (error is not None or report.get("selector") is not None):
         lines.append(f"simulator    not asked: {report['why_no_simulator']}")
     return "\n".join([*lines, f"written      {folder}"])
+
+
+def _shown(number: float | None, sign: str = "") -> str:
+    """A number of a report, None where it is not finite: a model that diverges has such."""
+    return "not finite" if number is None else f"{number:{sign}.4g}"
 
 
 def _rate(share: float) -> str:
@@ -349,23 +354,23 @@ def _about_targets(report: Json) -> list[str]:
     target, found, best = report["target"], report["targets_by_horizon"], report["best_horizon"]
     selector, exact = report["selector"], report.get("targets_by_horizon_in_simulator")
     lines = [
-        f"target H={target['horizon']}   bias {target['bias']:+.4g}, root mean square error "
-        f"{target['rmse']:.4g}; least at H={best}: {found['rmse'][best]:.4g}"
+        f"target H={target['horizon']}   bias {_shown(target['bias'], '+')}, root mean square error "
+        f"{_shown(target['rmse'])}; least at H={best}: {_shown(found['rmse'][best])}"
     ]
     if exact is not None:
         used = target["horizon"]
         lines.append(
-            f"true model   root mean square error {exact['rmse'][used]:.4g} at H={used}, "
-            f"{exact['rmse'][-1]:.4g} at H={exact['horizon'][-1]}: what the critic and chance leave"
+            f"true model   root mean square error {_shown(exact['rmse'][used])} at H={used}, "
+            f"{_shown(exact['rmse'][-1])} at H={exact['horizon'][-1]}: what the critic and chance leave"
         )
     share = selector["share_won"]
     won = "" if share is None else f"; the target wins {100 * share:.0f} % of what that gains over one step"
-    return [*lines, f"selector     {selector['rmse']:.4g} with each state's best horizon{won}"]
+    return [*lines, f"selector     {_shown(selector['rmse'])} with each state's best horizon{won}"]
 
 
 def _about_model(name: str, error: Json, actions: str) -> str:
     first, last = error["state"]["median"][0], error["state"]["median"][-1]
     return (
-        f"{name:13s}error {first:.3g} after 1 step, {last:.3g} after {error['depth'][-1]}, "
+        f"{name:13s}error {_shown(first)} after 1 step, {_shown(last)} after {error['depth'][-1]}, "
         f"in spreads of the data ({actions})"
     )

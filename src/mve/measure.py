@@ -164,7 +164,7 @@ def selector(by_horizon: np.ndarray, target: np.ndarray, earned: np.ndarray) -> 
     1 is the oracle, 0 one step, None where there is nothing to gain. The oracle also fits the chance in a
     single return, so no estimator gets all of it.
     """
-    error = np.abs(by_horizon.astype(np.float64) - earned)
+    error = numbers_first(np.abs(by_horizon.astype(np.float64) - earned))
     chosen = np.argmin(error, axis=0)
     rmse, one_step = _root_mean_square(error.min(axis=0)), _root_mean_square(error[0])
     gain = one_step - rmse
@@ -305,6 +305,11 @@ def score(predicted: np.ndarray, earned: np.ndarray) -> Json:
     bias, mse = float(error.mean()), float(np.mean(error**2))
     bias, mse, rmse = plain([bias, mse, _root_mean_square(error)])
     return {"bias": bias, "mse": mse, "rmse": rmse}
+
+
+def numbers_first(error: np.ndarray) -> np.ndarray:
+    """Errors in which one that is no number, of a model that diverged, is the largest."""
+    return np.where(np.isnan(error), np.inf, error)
 
 
 def plain(numbers: Iterable[SupportsFloat]) -> list[float | None]:

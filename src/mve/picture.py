@@ -151,7 +151,8 @@ def _draw_whose_error(axis: Any, report: Json) -> None:
     axis.plot(horizon, _floats(learned["rmse"]), label="learned model", **shown)
     shown |= {"color": GREEN, "linestyle": (0, (3, 2))}  # dashed: where the model is good they coincide
     axis.plot(horizon, _floats(true["rmse"]), label="true simulator", **shown)
-    axis.axhline(selector["rmse"], color=INK, linewidth=1.0, label=f"best horizon in each state{won}")
+    [least] = _floats([selector["rmse"]])
+    axis.axhline(least, color=INK, linewidth=1.0, label=f"best horizon in each state{won}")
     axis.legend(loc="upper left", fontsize=9.5, borderaxespad=0.2)
     axis.set_xticks(horizon)
     axis.set_ylim(0, 1.4 * axis.dataLim.ymax)  # room for the legend above the lines
@@ -184,7 +185,7 @@ def _draw_calibration(axis: Any, calibration: list[Json] | None) -> None:
     axis.plot(span, span, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     for found, line, colour in zip(calibration, lines, COLOURS, strict=False):
         depth = found["depth"]
-        label = f"{depth} step{'s' * (depth > 1)}: error {found['ratio']:.1f} x spread"
+        label = f"{depth} step{'s' * (depth > 1)}: error {_number(found['ratio'])} x spread"
         axis.plot(*line, color=colour, linewidth=1.8, marker="o", markersize=4, label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")
