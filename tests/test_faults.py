@@ -214,11 +214,15 @@ class Still(Policy):
         raise NotImplementedError
 
 
-def evaluated(env: Walk, restarts: Restarts, episodes: int = 2) -> list[int]:
+def evaluated(env: Walk, restarts: Restarts, episodes: int = 2, longest: int = 1000) -> list[int]:
     policy = Still()
     space: Any = env.action_space
-    result = evaluate([Here(env, 2)], policy, space, episodes=episodes, seed=0, step=0, restarts=restarts)
-    return result.lengths.tolist()
+    given = {"episodes": episodes, "seed": 0, "step": 0, "longest": longest, "restarts": restarts}
+    return evaluate([Here(env, 2)], policy, space, **given).lengths.tolist()
+
+
+def test_an_evaluation_episode_ends_after_the_longest_that_was_asked_for() -> None:
+    assert evaluated(Walk(), restarting(), longest=EPISODE - 1) == [EPISODE - 1] * 2
 
 
 def test_an_evaluation_that_fails_stops_and_says_where() -> None:

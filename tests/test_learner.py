@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from gymnasium.wrappers import NormalizeObservation
 
 import mve
 from mve import Learner, log
+from mve.envs import host
+from mve.envs.base import EnvConfig
 from mve.types import UserError
 
 SMALL = (
@@ -185,6 +188,83 @@ def test_an_evaluation_environment_that_is_given_is_used() -> None:
     given = gym.make("Pendulum-v1", g=5.0)
     learner = Learner("Pendulum-v1", "mve-sac", settings=SMALL, eval_env=given)
     assert learner.run.another_env().unwrapped.g == 5.0  # pyright: ignore
+
+
+class Held(Slide):
+    """One that no copy can be made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_what_cannot_be_copied_trains_beside_an_environment_for_evaluation(tmp_path: Path) -> None:
+    alone = Learner(Held(), "sac", settings=SAC, run_dir=tmp_path / "alone", quiet=True)
+    with pytest.raises(UserError, match=r"cannot be copied for evaluation: .*lock") as caught:
+        alone.learn(120)
+    assert "\n" not in str(caught.value)
+    assert alone.num_timesteps == 0
+    judge = Held()
+    run = Learner(Held(), "sac", settings=SAC, run_dir=tmp_path / "run", eval_env=judge, quiet=True)
+    assert len(run.learn(120).evaluate().returns) == 2
+    assert judge.steps == 25
+    copied = Learner(env := Slide(), "sac", settings=SAC, run_dir=tmp_path / "same", eval_env=env, quiet=True)
+    assert copied.run.another_env() is not env  # one that is trained in is not evaluated in
+
+
+def test_an_environment_given_to_a_run_begun_by_id_is_used_throughout(tmp_path: Path) -> None:
+    Learner("Pendulum-v1", "sac", settings=SAC, run_dir=tmp_path / "run", quiet=True).save(tmp_path / "run")
+    learner = Learner.load(tmp_path / "run", given := gym.make("Pendulum-v1", g=5.0), quiet=True)
+    assert learner.run.instance is given
+    assert learner.run.another_env().unwrapped.g == 5.0  # pyright: ignore
+
+
+def test_a_folder_that_has_gone_further_is_not_set_back_by_saving_into_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = Learner(Slide(), "sac", settings=SAC, run_dir=folder, quiet=True).learn(120)
+    earlier = Learner.load(folder, Slide(), quiet=True)
+    run.learn(100)
+    for stale in (earlier, Learner.load(folder, Slide(), quiet=True, which=0)):
+        with pytest.raises(UserError, match="stands at step 220, this run at"):
+            stale.save(folder)
+    earlier.save(tmp_path / "copy")
+    with pytest.raises(UserError, match="has gone on since it was loaded"):
+        earlier.learn(100)
+    assert Learner.load(folder, Slide(), quiet=True).num_timesteps == 220
+
+
+class Whole(Slide):
+    """Its action is one of four whole numbers."""
+
+    action_space = Box(0, 3, (1,), np.int32)
+
+
+def test_whole_actions_are_taken_alike_often(tmp_path: Path) -> None:
+    space = Whole.action_space
+    share = np.linspace(-1.0, 1.0, 4001, dtype=np.float32)[:, None]
+    taken = host.native_action(space, share)
+    assert taken.dtype == np.int32
+    np.testing.assert_allclose(np.bincount(taken[:, 0]) / len(share), 0.25, atol=1e-3)
+    np.testing.assert_array_equal(host.native_on_device(space)(jnp.asarray(share)), taken)
+    Learner(Whole(), "sac", settings=SAC, run_dir=tmp_path / "run", quiet=True).learn(100)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("Hopper-v5", {"xml_file": "nope.xml"}),
+        ("Pendulum-v1", {"max_episode_steps": 0}),
+        ("Hopper-v5", {"frame_skip": 0}),
+        (":Pendulum-v1", {}),
+        ("a:b:c", {}),
+        ("jax/Pendulum-v1", {"g": 1}),
+        ("jax/Pendulum-v1", {"max_episode_steps": 0}),
+    ],
+)
+def test_an_environment_that_cannot_be_made_is_one_line(name: str, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"'{name}'|jax/Pendulum-v1") as caught:
+        host.make(EnvConfig(id=name, kwargs=kwargs))
+    assert "\n" not in str(caught.value)
 
 
 def test_an_evaluation_sees_what_wrappers_have_gathered_in_training(tmp_path: Path) -> None:

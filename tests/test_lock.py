@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from test_learner import SAC, SMALL, Slide
@@ -72,6 +74,18 @@ def test_a_damaged_lock_file_still_locks(tmp_path: Path) -> None:
         (tmp_path / lock.LOCK).write_text("nonsense")
         with pytest.raises(UserError, match="another process"), lock.held(tmp_path):
             pass
+
+
+def test_a_full_disk_is_no_reason_to_keep_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with lock.held(tmp_path):
+            pass
+    with lock.held(tmp_path):
+        pass
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

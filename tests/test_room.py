@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import jax
@@ -62,6 +63,26 @@ def test_a_disk_that_holds_no_checkpoint_is_refused(
     monkeypatch.setattr(room, "free_disk_bytes", lambda folder: room.needed(run).saved - 1)
     with pytest.raises(UserError, match=r"disk: .* another --run-dir"):
         room.check(run, tmp_path)
+
+
+def test_what_a_run_has_already_is_free_to_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next checkpoint takes the place of the one before, and what was allocated is not so again."""
+    wants = room.needed(run)
+    monkeypatch.setattr(room, "free_disk_bytes", lambda folder: 1000)
+    monkeypatch.setattr(room, "free_host_bytes", lambda: 1000)
+    with pytest.raises(UserError, match="does not fit: memory"):
+        room.check(run, tmp_path)
+    with pytest.raises(UserError, match="does not fit: disk"):
+        room.check(run, tmp_path, held=2 * wants.memory)
+    saved = tmp_path / "seed-0" / "checkpoints" / "000100" / "replay.safetensors"
+    saved.parent.mkdir(parents=True)
+    saved.write_bytes(b"")
+    os.truncate(saved, wants.disk)
+    saved.with_name("same").hardlink_to(saved)
+    with pytest.warns(RuntimeWarning, match="disk"):
+        room.check(run, tmp_path, held=2 * wants.memory)
 
 
 def test_an_accelerators_memory_is_asked_for_where_there_is_one(

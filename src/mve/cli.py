@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         first, *diagnosis = str(error).splitlines() if isinstance(error, DivergedError) else [str(error)]
         print(f"mve: {one_line(first)}", *(f"     {line}" for line in diagnosis), sep="\n", file=sys.stderr)
         return error.exit_code
+    except PermissionError as error:
+        print(f"mve: {error.filename or 'a file'} may not be looked into or written to", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

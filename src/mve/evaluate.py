@@ -42,6 +42,7 @@ def evaluate(
     episodes: int,
     seed: int,
     step: int,
+    longest: int,
     restarts: Restarts,
 ) -> Evaluation:
     """Undiscounted return of so many episodes, without noise; `policy` has NumPy leaves.
@@ -49,18 +50,23 @@ def evaluate(
     As many episodes run side by side as there are environments, so that the policy is called once per step
     for all of them. Episode i is reset with a seed made of the run's seed, the step and i: the result depends
     on nothing else. One that a fault breaks off is played again from its beginning, or else FaultError is
-    raised.
+    raised. An episode ends after `longest` steps at the latest.
     """
     seeds = [episode_seed(EVALUATION_STREAM, seed, step, i) for i in range(episodes)]
     parts = [
-        _side_by_side(envs, policy, space, seeds[first : first + len(envs)], restarts)
+        _side_by_side(envs, policy, space, seeds[first : first + len(envs)], longest, restarts)
         for first in range(0, episodes, len(envs))
     ]
     return Evaluation(*(np.concatenate(numbers) for numbers in zip(*parts, strict=True)))
 
 
 def _side_by_side(
-    envs: Sequence[Stepped], policy: Policy, space: ActionSpace, seeds: Sequence[int], restarts: Restarts
+    envs: Sequence[Stepped],
+    policy: Policy,
+    space: ActionSpace,
+    seeds: Sequence[int],
+    longest: int,
+    restarts: Restarts,
 ) -> Evaluation:
     obs = np.stack([_begun(env, seed, restarts) for env, seed in zip(envs, seeds, strict=False)])
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), np.int64)
@@ -77,7 +83,7 @@ def _side_by_side(
                 continue
             returns[i] += reward
             lengths[i] += 1
-            running[i] = not (terminated or truncated or lengths[i] == LONGEST_EPISODE)
+            running[i] = not (terminated or truncated or lengths[i] == longest)
     return Evaluation(returns, lengths)
 
 

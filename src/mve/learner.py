@@ -71,7 +71,7 @@ class Learner:
             built = config.build(name, algo or _default_algo(instance), settings, seed)
             if not isinstance(env, str):
                 built = replace(built, env=replace(built.env, id=""))
-            functions = {"reward_fn": reward_fn, "termination_fn": termination_fn}
+            functions: dict[str, Any] = {"reward_fn": reward_fn, "termination_fn": termination_fn}
             self.run = Run(built, instance, eval_env=eval_env, **functions)
         default = folders.default(self.spec.name, built.algo) / f"seed-{seed}"
         self.folder = Path(run_dir) if run_dir is not None else folders.free(default)
@@ -200,11 +200,14 @@ class Learner:
         if total_timesteps is not None:
             done = self.num_timesteps
             self.run.set_budget(done + total_timesteps, begun=done > 0 or not self._fresh)
-            self.room = room.check(self.run, self.folder)
+            self.room = room.check(
+                self.run, self.folder, held=sum(x.nbytes for x in jax.tree.leaves(self.state))
+            )
         schedule.check(self.config, self.recipe.fits_model)
 
     def prepare(self) -> None:
         """Open the run folder, which is locked, and make room for what is to come."""
+        self.run.check_judged()
         if self._fresh:
             folders.refuse_taken(self.folder)
         elif folders.newest(self.folder) != self._newest:
@@ -220,14 +223,14 @@ class Learner:
         UserError where it holds another run, or one that is further on than this.
         """
         with lock.held(Path(folder)):
-            if Path(folder).resolve() != self.folder.resolve():
-                folders.refuse_other(Path(folder), self.run.identity, self.num_timesteps)
+            folders.refuse_other(Path(folder), self.run.identity, self.num_timesteps)
             self.run.write_facts(Path(folder))
             program = Alone(self.recipe)
             rest = self.progress._replace(state=program.rest(self.state, 0))
             frozen = self.run.freeze(rest, program.ring(self.state, 0), Shelf())
             checkpoint.write({folders.checkpoints(Path(folder)): frozen})
-        self._newest = folders.newest(self.folder)
+        if Path(folder).resolve() == self.folder.resolve():
+            self._newest = folders.newest(self.folder)
 
     @classmethod
     def load(
@@ -263,9 +266,9 @@ class Learner:
             )
         learner = cls.__new__(cls)
         with log.capture_mujoco_warnings(None):
-            functions = {"reward_fn": reward_fn, "termination_fn": termination_fn}
+            functions: dict[str, Any] = {"reward_fn": reward_fn, "termination_fn": termination_fn}
             instance = host.make(built.env) if env is None else native.as_gymnasium(env)
-            learner.run = Run(built, instance, eval_env=eval_env, **functions)
+            learner.run = Run(built, instance, eval_env=eval_env, given=env is not None, **functions)
         learner.folder, learner.quiet = folder, quiet
         learner.room = room.check(learner.run, folder)
         learner._fresh, learner._broken_off, learner._policy = False, False, None

@@ -58,8 +58,9 @@ def _locked(folder: Path) -> int | None:
             return None
         if _is(path, handle):
             facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-            os.truncate(handle, 0)
-            os.write(handle, json.dumps(facts).encode() + b"\n")
+            with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
+                os.truncate(handle, 0)
+                os.write(handle, json.dumps(facts).encode() + b"\n")
             return handle
         os.close(handle)  # it was released, and removed, in between
     return None

@@ -94,10 +94,16 @@ def _update_bytes(run: Run) -> int:
     return FLOAT * ACTIVATIONS * rows * widths
 
 
-def check(run: Run, folder: Path, seeds: int = 1) -> str:
-    """One line: what is needed and what is free. UserError if it cannot fit, a warning if it hardly does."""
-    wants, host = needed(run, seeds), free_host_bytes()
-    device = free_device_bytes()
+def check(run: Run, folder: Path, seeds: int = 1, held: int = 0) -> str:
+    """One line: what is needed and what is free. UserError if it cannot fit, a warning if it hardly does.
+
+    Free is also what the run has already: `held` bytes of memory, and its checkpoints in the folder, which
+    the next ones take the place of.
+    """
+    wants = needed(run, seeds)
+    host, device, disk = free_host_bytes(), free_device_bytes(), free_disk_bytes(folder)
+    host, device = (free if free is None else free + held for free in (host, device))
+    disk = disk if disk is None else disk + _saved_bytes(folder)
     largest = max(wants.parts, key=lambda name: wants.parts[name])
     smaller = f"lower {SMALLER[largest]}" + (", or train fewer seeds at once" if seeds > 1 else "")
     told = []
@@ -105,7 +111,7 @@ def check(run: Run, folder: Path, seeds: int = 1) -> str:
         ("device memory", wants.memory, device, smaller),
         # Beside an accelerator the host holds what is about to be saved.
         ("memory", wants.memory if device is None else wants.saved, host, smaller),
-        ("disk", wants.disk, free_disk_bytes(folder), f"{smaller}, or give another --run-dir"),
+        ("disk", wants.disk, disk, f"{smaller}, or give another --run-dir"),
     ):
         if free is None:
             continue
@@ -118,6 +124,12 @@ def check(run: Run, folder: Path, seeds: int = 1) -> str:
             warnings.warn(f"{share}; {advice} ({_parts(wants)})", RuntimeWarning, stacklevel=2)
         told.append(share)
     return "; ".join(told)
+
+
+def _saved_bytes(folder: Path) -> int:
+    """What the checkpoints of a run, or of the seeds in a folder, take; what several share once."""
+    files = [path.stat() for path in folder.glob("**/checkpoints/**/*") if path.is_file()]
+    return sum({(facts.st_dev, facts.st_ino): facts.st_size for facts in files}.values())
 
 
 def _parts(wants: Needed) -> str:

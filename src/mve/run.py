@@ -35,7 +35,17 @@ from mve.evaluate import LONGEST_EPISODE, Evaluation, evaluate
 from mve.imagine import ImaginationConfig
 from mve.policies import Policy, held
 from mve.state import Capacity, Progress, Recipe
-from mve.types import DivergedError, Json, Known, RewardFn, StepFn, TerminationFn, Transition, UserError
+from mve.types import (
+    DivergedError,
+    FaultError,
+    Json,
+    Known,
+    RewardFn,
+    StepFn,
+    TerminationFn,
+    Transition,
+    UserError,
+)
 
 EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
 RECENT_EPISODES = 10
@@ -52,10 +62,12 @@ class Run:
         reward_fn: RewardFn | None = None,
         termination_fn: TerminationFn | None = None,
         eval_env: gym.Env | None = None,
+        given: bool = False,
     ):
-        if built.env.is_apart and not built.env.id:
+        self._made = EnvConfig() if given else built.env  # how another is made, if it has an id
+        if built.env.is_apart and not self._made.id:
             raise UserError("env.own_process and env.timeout need an environment given by its id")
-        self.instance, self._eval_env = instance, eval_env
+        self.instance, self._eval_env = instance, eval_env if eval_env is not instance else None
         self.restarts = Restarts(built.env, f"{name_of(instance)}, seed {built.seed}")
         self.env = HostEnv(
             instance,
@@ -63,7 +75,7 @@ class Run:
             truncation_is_terminal=built.env.truncation_is_terminal,
             reward_fn=reward_fn,
             termination_fn=termination_fn,
-            stepped=partial(_stepped, built.env, instance),
+            stepped=partial(_stepped, self._made, instance),
             restarts=self.restarts,
         )
         self.spec: EnvSpec = self.env.spec
@@ -221,23 +233,32 @@ class Run:
 
     def evaluate(self, policy: Policy, step: int, episodes: int | None = None) -> Evaluation:
         """Return and length of episodes under the deterministic policy, in environments of their own."""
-        wanted, settings = episodes or self.config.evaluate.episodes, self.config.env
+        wanted = episodes or self.config.evaluate.episodes
         if self.device is not None:
             return Evaluation(*self.device.evaluate(policy, step, wanted, LONGEST_EPISODE))
-        if self._eval_env is not None:
-            settings = EnvConfig()  # an instance is stepped here
-        if not settings.id:
-            # Copied anew: wrappers that gather statistics have the instance's, whenever the run was resumed.
-            self._eval_envs.clear()
-        # A process holds one environment: evaluation keeps a single one, whose episodes follow one another.
-        while len(self._eval_envs) < (1 if settings.is_apart else wanted):
-            self._eval_envs.append(_stepped(settings, self.another_env(), self.spec.obs_size))
         return evaluate(
-            self._eval_envs[:wanted],
+            self._to_be_judged_in(wanted),
             policy,
             self.action_space,
+            longest=self.spec.max_episode_steps or LONGEST_EPISODE,
             **{"episodes": wanted, "seed": self.config.seed, "step": step, "restarts": self.restarts},
         )
+
+    def _to_be_judged_in(self, wanted: int) -> list[Stepped]:
+        """As many environments as there are episodes, or one, whose episodes follow one another. FaultError
+        where there can be none: the run is saved then, as for any fault."""
+        if self._eval_env is not None:
+            return [_stepped(EnvConfig(), self._eval_env, self.spec.obs_size)]
+        if not self._made.id:
+            # Copied anew: wrappers that gather statistics have the instance's, whenever the run was resumed.
+            self._eval_envs.clear()
+        try:
+            # A process holds one environment.
+            while len(self._eval_envs) < (1 if self._made.is_apart else wanted):
+                self._eval_envs.append(_stepped(self._made, self.another_env(), self.spec.obs_size))
+        except UserError as error:
+            raise FaultError(f"no environment to evaluate in: {error}") from error
+        return self._eval_envs[:wanted]
 
     def close(self) -> None:
         """Give up the environments, and the processes that they may be in; an instance of the user's own
@@ -245,20 +266,26 @@ class Run:
         for env in self._eval_envs:
             env.close()
         self._eval_envs.clear()
-        if self.config.env.id:
+        if self._made.id:
             self.env.close()
 
+    def check_judged(self) -> None:
+        """UserError for an instance that cannot be copied for evaluation: before the first step, not after
+        a thousand."""
+        if not self._made.id and self._eval_env is None and self.device is None:
+            self.another_env()
+
     def another_env(self) -> gym.Env:
-        """An environment of the same task, for evaluation."""
-        if self.config.env.id and self._eval_env is None:
-            return host.make(self.config.env)
-        return self._copy(self._eval_env or self.instance, "for evaluation")
+        """An environment of the same task, for evaluation: the one that was given for it, or else another.
+        UserError where there is no way to one."""
+        if self._eval_env is not None:
+            return self._eval_env
+        return host.make(self._made) if self._made.id else self._copy(self.instance, "for evaluation")
 
     def simulator(self) -> StepFn:
         """The environment's own dynamics, from a copy that is set to whatever state is imagined."""
-        env_config = self.config.env
         return oracle.simulator(
-            host.make(env_config) if env_config.id else self._copy(self.instance, "to be set to states")
+            host.make(self._made) if self._made.id else self._copy(self.instance, "to be set to states")
         )
 
     def _copy(self, env: gym.Env, purpose: str) -> gym.Env:

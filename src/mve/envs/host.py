@@ -19,7 +19,7 @@ from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
 from mve.envs.known import known_functions, name_of
 from mve.envs.portable import described
 from mve.envs.stepped import Fault, Here, Restarts, Stepped
-from mve.messages import one_line
+from mve.messages import one_line, what_failed
 from mve.types import FaultError, Known, RewardFn, TerminationFn, Transition, UserError
 
 ActionSpace: TypeAlias = Box | Discrete
@@ -35,11 +35,11 @@ EPISODE_STREAM = 1  # first word of the seeds of training episodes; evaluation a
 
 def make(config: EnvConfig) -> gym.Env:
     """A fresh environment of that id; a typing mistake gets the nearest names."""
-    if native_names.is_native(config.id):
-        return native_names.make(config.id, config.kwargs or {})
-    is_suite = config.id.startswith(control_suite.PREFIX)
-    task = control_suite.spec(config.id) if is_suite else config.id
     try:
+        if native_names.is_native(config.id):
+            return native_names.make(config.id, config.kwargs or {})
+        is_suite = config.id.startswith(control_suite.PREFIX)
+        task = control_suite.spec(config.id) if is_suite else config.id
         with warnings.catch_warnings():
             # An older version is asked for on purpose, to compare with published numbers.
             warnings.filterwarnings("ignore", message=".*is out of date")
@@ -48,8 +48,12 @@ def make(config: EnvConfig) -> gym.Env:
         near = difflib.get_close_matches(config.id, list(gym.registry), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else "; see gymnasium.registry for the names"
         raise UserError(f"unknown environment '{config.id}'{hint}") from error
+    except UserError:
+        raise
     except (gym.error.Error, ImportError, TypeError) as error:
         raise UserError(f"cannot make environment '{config.id}': {one_line(error)}") from error
+    except Exception as error:  # of the task's own code: a file that is missing, a number that it cannot use
+        raise UserError(f"cannot make environment '{config.id}': {what_failed(error)}") from error
 
 
 def episode_seed(stream: int, *words: int) -> int:
@@ -64,11 +68,19 @@ def action_size(space: ActionSpace) -> int:
 
 def native_action(space: ActionSpace, action: np.ndarray) -> Any:
     """Actions as the environment takes them, in its own type: those in [-1, 1] stretched over the box,
-    whatever its limits; a one-hot vector as the number it stands for, without the last axis."""
+    whatever its limits, every whole number of an integer box over an equal part of it; a one-hot vector as
+    the number it stands for, without the last axis."""
     if isinstance(space, Discrete):
         return space.start + np.argmax(action, axis=-1).astype(space.dtype)
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    return np.clip(low + (action + 1.0) * 0.5 * (high - low), low, high).astype(space.dtype)
+    share = (action + 1.0) * 0.5
+    native = np.floor(low + share * (high - low + 1.0)) if is_whole(space) else low + share * (high - low)
+    return np.clip(native, low, high).astype(space.dtype)
+
+
+def is_whole(space: Box) -> bool:
+    """Whether a box has whole numbers alone."""
+    return bool(np.issubdtype(space.dtype, np.integer) or np.issubdtype(space.dtype, np.bool_))
 
 
 def random_actions(space: ActionSpace, rng: np.random.Generator, count: int) -> np.ndarray:
@@ -117,6 +129,11 @@ def native_on_device(space: ActionSpace) -> Callable[[jax.Array], jax.Array]:
 
     def native(action: jax.Array) -> jax.Array:
         shape = action.shape
+        if is_whole(space):
+            whole = jnp.broadcast_to(low, shape) + 0.5 * (action + 1.0) * jnp.broadcast_to(
+                high - low + 1.0, shape
+            )
+            return jnp.minimum(jnp.floor(whole), jnp.broadcast_to(high, shape))
         return jnp.broadcast_to(low, shape) + (action + 1.0) * jnp.broadcast_to(0.5 * (high - low), shape)
 
     return native
