@@ -361,10 +361,9 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that remembers sixty random steps and has learned nothing: no compilation to wait for."""
-    learner = Learner("Pendulum-v1", "mve-sac", settings=TINY, quiet=True)
+def untrained(algo: str, *settings: str) -> Learner:
+    """One that remembers sixty random steps and has learned nothing: no compilation to wait for."""
+    learner = Learner("Pendulum-v1", algo, settings=[*TINY, *settings], quiet=True)
     rng, state = np.random.default_rng(0), learner.state
     block, _ = learner.run.env.collect(lambda obs: rng.uniform(-1, 1, 1), 60)
     rows, num_rows = jax.tree.map(jnp.asarray, block), jnp.int32(60)
@@ -375,8 +374,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state,
         (replay.add(state.replay, rows, jnp.ones(60, bool)), model, num_rows),
     )
+    return learner
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("diagnosed") / "run"
-    learner.save(folder)
+    untrained("mve-sac").save(folder)
     return folder
 
 
@@ -564,6 +568,23 @@ def test_sums_of_real_steps_are_judged_on_what_was_played() -> None:
     value = measure.state_values(learner.state.agent, rows.next_obs)
     by_hand = rows.reward[0] + rows.reward[1] / 2 + (rows.reward[2] + value[2] / 2) / 4
     np.testing.assert_allclose(got.value, [by_hand, rows.reward[4] + value[4] / 2], rtol=1e-5)
+
+
+def test_the_target_is_compared_with_horizons_after_one_real_step_as_they_are(tmp_path: Path) -> None:
+    learner = untrained("mve-sac", "targets.n_step=4", "targets.n_step_drawn=true")
+    report = diagnose.diagnose(learner, 1)
+    found = report["targets_by_horizon"]
+    np.testing.assert_allclose(report["target"]["rmse"], found["rmse"][3], rtol=1e-4)
+    assert report["target_of_several_steps"]["n_step"] == 4
+    assert report["target_of_several_steps"]["rmse"] < report["target"]["rmse"]  # untrained, and below 0
+    assert "\nreal steps   after up to 4 of these" in diagnose.summary(report, tmp_path)
+
+
+def test_retrace_beside_a_model_may_be_longer_than_what_is_imagined(tmp_path: Path) -> None:
+    learner = untrained("sac-svg", "targets.estimator=retrace", "targets.horizon_steps=12")
+    report = diagnose.diagnose(learner, 1)
+    assert len(report["horizon_weights"]) == len(report["targets_by_horizon"]["rmse"]) == 13
+    assert "true model" in diagnose.summary(report, diagnose.write(report, tmp_path / "out"))
 
 
 def test_diagnose_refuses_what_is_no_run_in_one_line(

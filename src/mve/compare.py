@@ -263,7 +263,8 @@ def picture(
                 if len(step) == 0:
                     continue
                 style = {"color": greys[algo], "linestyle": (0, (4, 2)), "linewidth": 1.4}
-                style |= {"marker": "o", "markersize": 3}  # where it was measured: it may be seldom
+                measured = [i for i, at in enumerate(step) if any(at in curve.step for curve in group)]
+                style |= {"marker": "o", "markersize": 3, "markevery": measured}  # it may be seldom
                 axis.plot(step, middle, label=f"{algo}, {_seeds(group)} (published)", **style)
             for algo, group in by_algo.items():
                 _draw(axis, algo, group, end, colours[algo])

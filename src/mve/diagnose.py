@@ -68,7 +68,7 @@ class Judged(NamedTuple):
 def diagnose(learner: Learner, num_episodes: int = 5, *, from_replay: bool = False) -> Json:
     """Every number, as plain data: model error by depth, critic, targets by horizon, calibration."""
     settings, recipe = learner.config, learner.recipe
-    deepest = max(DEEPEST, recipe.expanded_steps)
+    deepest = max(DEEPEST, recipe.expanded_steps, recipe.targets.recalled_steps)
     simulator, why_not = None, "replay was asked for"
     with log.capture_mujoco_warnings(None):
         if from_replay:
@@ -163,12 +163,17 @@ def _critic(learner: Learner, judged: Judged) -> Json:
 def _targets(
     learner: Learner, judged: Judged, simulator: StepFn | None, deepest: int
 ) -> tuple[list[float | None], Json]:
-    """Some of the critic's targets, and how far they are from what was earned, by horizon."""
+    """Some of the critic's targets, and how far they are from what was earned, by horizon.
+
+    All after one real step. What a target of several of them would be is told apart: here they are the very
+    steps that earned it, where in training older policies took them.
+    """
     state, recipe = learner.state, learner.recipe
+    after_one = replace(recipe, targets=replace(recipe.targets, n_step=1, n_step_drawn=False))
     rows, earned = judged.rows, judged.earned
     by_horizon = np.asarray(measure.targets_by_horizon(state.agent, state.model, recipe, rows, deepest))
     used = max(recipe.expanded_steps, recipe.targets.recalled_steps)
-    estimated = measure.estimated_targets(state, recipe, judged.played, judged.starts)
+    estimated = measure.estimated_targets(state, after_one, judged.played, judged.starts)
     target, weights = np.asarray(estimated.value)[: len(earned)], plain(estimated.horizon_weight)
     shown = _thinned(np.arange(len(earned)), SAMPLES)
     found: Json = {
@@ -178,6 +183,10 @@ def _targets(
         "horizon_weights": weights + [0.0] * (len(by_horizon) - len(weights)),
         "selector": measure.selector(by_horizon, target, earned) if len(by_horizon) > 1 else None,
     }
+    if (n_step := recipe.targets.n_step) > 1:
+        summed = measure.estimated_targets(state, recipe, judged.played, judged.starts)
+        score = measure.score(np.asarray(summed.value)[: len(earned)], earned)
+        found["target_of_several_steps"] = {"n_step": n_step} | score
     if simulator is not None and recipe.simulator is None:
         true = replace(recipe, simulator=simulator)
         exact = measure.targets_by_horizon(state.agent, None, true, rows, deepest)
@@ -357,6 +366,11 @@ def _about_targets(report: Json) -> list[str]:
         f"target H={target['horizon']}   bias {_shown(target['bias'], '+')}, root mean square error "
         f"{_shown(target['rmse'])}; least at H={best}: {_shown(found['rmse'][best])}"
     ]
+    if (several := report.get("target_of_several_steps")) is not None:
+        lines.append(
+            f"real steps   after up to {several['n_step']} of these episodes': bias "
+            f"{_shown(several['bias'], '+')}, root mean square error {_shown(several['rmse'])}"
+        )
     if exact is not None:
         used = target["horizon"]
         lines.append(
