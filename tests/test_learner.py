@@ -190,6 +190,19 @@ def test_an_evaluation_environment_that_is_given_is_used() -> None:
     assert learner.run.another_env().unwrapped.g == 5.0  # pyright: ignore
 
 
+def test_so_it_does_where_the_environment_is_made_by_id(tmp_path: Path) -> None:
+    gym.register("Gathering-v0", entry_point=lambda: NormalizeObservation(Slide()))  # type: ignore
+    try:
+        run = Learner("Gathering-v0", "sac", settings=SAC, run_dir=tmp_path / "run", quiet=True).learn(220)
+        again = Learner.load(tmp_path / "run", quiet=True)
+        first, recorded = run.evaluate(), log.read_evaluations(run.folder)["return"]
+        np.testing.assert_array_equal(first.returns, again.evaluate().returns)
+        np.testing.assert_array_equal(first.returns, run.evaluate().returns)
+        np.testing.assert_allclose(first.returns, recorded[-2:], rtol=1e-6)
+    finally:
+        gym.registry.pop("Gathering-v0")
+
+
 class Held(Slide):
     """One that no copy can be made of."""
 

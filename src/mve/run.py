@@ -17,6 +17,7 @@ from pathlib import Path
 import gymnasium as gym
 import jax
 import numpy as np
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 from mve import config, divergence, folders, schedule
 from mve.checkpoint.frozen import Frozen
@@ -24,7 +25,7 @@ from mve.checkpoint.segments import Ring, Shelf
 from mve.config import Config
 from mve.divergence import Watch
 from mve.dynamics import DynamicsConfig
-from mve.envs import device_env, host, oracle
+from mve.envs import device_env, host, oracle, snapshot
 from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
 from mve.envs.given import What, fault
 from mve.envs.host import BrokenOffError, HostEnv
@@ -49,6 +50,7 @@ from mve.types import (
 
 EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
 RECENT_EPISODES = 10
+FORGETFUL = (TimeLimit, OrderEnforcing, PassiveEnvChecker)  # wrappers that a reset makes like new
 
 
 class Run:
@@ -249,7 +251,7 @@ class Run:
         where there can be none: the run is saved then, as for any fault."""
         if self._eval_env is not None:
             return [_stepped(EnvConfig(), self._eval_env, self.spec.obs_size)]
-        if not self._made.id:
+        if not self._made.id or self._gathers:
             # Copied anew: wrappers that gather statistics have the instance's, whenever the run was resumed.
             self._eval_envs.clear()
         try:
@@ -280,7 +282,19 @@ class Run:
         UserError where there is no way to one."""
         if self._eval_env is not None:
             return self._eval_env
-        return host.make(self._made) if self._made.id else self._copy(self.instance, "for evaluation")
+        if self._made.id and not self._gathers:
+            return host.make(self._made)
+        try:
+            return self._copy(self.instance, "for evaluation")
+        except UserError:
+            if self._made.id:
+                return host.make(self._made)
+            raise
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether a wrapper may keep something from one episode to the next, as those for statistics do."""
+        return any(not isinstance(layer, FORGETFUL) for layer in snapshot.layers_of(self.instance)[:-1])
 
     def simulator(self) -> StepFn:
         """The environment's own dynamics, from a copy that is set to whatever state is imagined."""

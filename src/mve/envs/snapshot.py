@@ -106,7 +106,7 @@ def mismatch(env: Layer, other: Layer, seed: int = 0) -> str | None:
     return None
 
 
-def _layers(env: Layer) -> list[Layer]:
+def layers_of(env: Layer) -> list[Layer]:
     """From the outermost wrapper to the environment itself."""
     found = [env]
     while isinstance(found[-1], gym.Wrapper):
@@ -123,7 +123,7 @@ def _speaks_for_itself(layer: Layer) -> bool:
 
 def _taken(env: Layer) -> Snapshot:
     arrays: Arrays = {}
-    records = [_record(layer, str(depth), arrays) for depth, layer in enumerate(_layers(env))]
+    records = [_record(layer, str(depth), arrays) for depth, layer in enumerate(layers_of(env))]
     facts = {"format": FORMAT, "env": name_of(env), "layers": records, "arrays": described(arrays)}
     return Snapshot(arrays, facts)
 
@@ -204,7 +204,7 @@ def _plan(env: Layer, name: str, arrays: Arrays, facts: Json) -> tuple[list[Sett
         found = [str(arrays[array].dtype), list(arrays[array].shape)]
         if found != [dtype, shape]:
             raise ValueError(f"{array} is {found[0]} {found[1]}, not {dtype} {shape}")
-    layers, records = _layers(env), facts["layers"]
+    layers, records = layers_of(env), facts["layers"]
     classes, saved = [class_name(layer) for layer in layers], [record["class"] for record in records]
     if classes != saved:
         raise ValueError(f"it is of {' in '.join(reversed(saved))}, not {' in '.join(reversed(classes))}")
