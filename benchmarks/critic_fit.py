@@ -60,7 +60,8 @@ def asked_recipe(learner: Learner, settings: str) -> Recipe:
     for setting in settings.split():
         if not setting.startswith(ALLOWED) or setting.startswith(HELD):
             raise UserError(
-                f"--try {setting}: agent, model and {HELD} are held; set one of {', '.join(ALLOWED)}"
+                f"--try {setting}: agent and model are held, and so is {HELD}; "
+                f"set one of {', '.join(ALLOWED)}"
             )
     asked = config.build(learner.config.env.id, learner.config.algo, settings.split())
     own = learner.config

@@ -23,9 +23,10 @@ class Eval(OnRun):
     """Try the trained policy of a run, without noise, in environments of its own."""
 
     episodes: Annotated[int, arg(metavar="N")] = 10
-    """How many to play."""
+    """How many to play; the first are the very ones that it was evaluated in when it was trained."""
     best: bool = False
-    """The policy whose evaluation was best, of those that were saved when evaluated; else the newest."""
+    """The policy whose evaluation was best, of those that were saved when evaluated; else the newest. It was
+    chosen by its first episodes: expect less of others."""
     json: bool = False
     """Print the numbers as JSON."""
 
