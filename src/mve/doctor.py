@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from mve.messages import what_failed
+from mve.messages import no_device, what_failed
 
 SMALLEST_MEMORY_GB, SMALLEST_DISK_GB = 2.0, 1.0
 
@@ -116,5 +116,6 @@ def examine() -> list[Finding]:
         try:
             findings += check()
         except Exception as error:  # whatever is wrong, the doctor reports it and goes on
-            findings.append(Finding(check.__name__.removeprefix("_check_"), "fail", what_failed(error)))
+            detail = no_device() or what_failed(error)
+            findings.append(Finding(check.__name__.removeprefix("_check_"), "fail", detail))
     return findings

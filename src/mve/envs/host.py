@@ -19,7 +19,7 @@ from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
 from mve.envs.known import known_functions, name_of
 from mve.envs.portable import described
 from mve.envs.stepped import Fault, Here, Restarts, Stepped
-from mve.messages import one_line, what_failed
+from mve.messages import no_device, one_line, what_failed
 from mve.types import FaultError, Known, RewardFn, TerminationFn, Transition, UserError
 
 ActionSpace: TypeAlias = Box | Discrete
@@ -169,6 +169,8 @@ class HostEnv:
         stepped: Callable[[int], Stepped] | None = None,
         restarts: Restarts | None = None,
     ):
+        if why := no_device():
+            raise UserError(f"{why}; `mve doctor` looks at the rest")
         name = name_of(env)
         obs_space, action_space = _check_spaces(env, name)
         size = obs_space.shape[0]
