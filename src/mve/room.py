@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,7 +128,8 @@ def check(run: Run, folder: Path, seeds: int = 1, held: int = 0) -> str:
 
 def _saved_bytes(folder: Path) -> int:
     """What the checkpoints of a run, or of the seeds in a folder, take; what several share once."""
-    files = [path.stat() for path in folder.glob("**/checkpoints/**/*") if path.is_file()]
+    places = chain.from_iterable(folder.glob(f"{run}checkpoints/**/*") for run in ("", "seed-*/"))
+    files = [path.stat() for path in places if path.is_file()]
     return sum({(facts.st_dev, facts.st_ino): facts.st_size for facts in files}.values())
 
 
