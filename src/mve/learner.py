@@ -200,9 +200,8 @@ class Learner:
         if total_timesteps is not None:
             done = self.num_timesteps
             self.run.set_budget(done + total_timesteps, begun=done > 0 or not self._fresh)
-            self.room = room.check(
-                self.run, self.folder, held=sum(x.nbytes for x in jax.tree.leaves(self.state))
-            )
+            held = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+            self.room = room.check(self.run, self.folder, held=held)
         schedule.check(self.config, self.recipe.fits_model)
 
     def prepare(self) -> None:

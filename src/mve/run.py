@@ -251,13 +251,14 @@ class Run:
         where there can be none: the run is saved then, as for any fault."""
         if self._eval_env is not None:
             return [_stepped(EnvConfig(), self._eval_env, self.spec.obs_size)]
-        if not self._made.id or self._gathers:
+        apart = self._made.is_apart  # in a process, which makes its own and holds one
+        if not apart and (not self._made.id or self._gathers):
             # Copied anew: wrappers that gather statistics have the instance's, whenever the run was resumed.
             self._eval_envs.clear()
         try:
-            # A process holds one environment.
-            while len(self._eval_envs) < (1 if self._made.is_apart else wanted):
-                self._eval_envs.append(_stepped(self._made, self.another_env(), self.spec.obs_size))
+            while len(self._eval_envs) < (1 if apart else wanted):
+                env = self.instance if apart else self.another_env()
+                self._eval_envs.append(_stepped(self._made, env, self.spec.obs_size))
         except UserError as error:
             raise FaultError(f"no environment to evaluate in: {error}") from error
         return self._eval_envs[:wanted]

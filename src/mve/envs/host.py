@@ -130,10 +130,9 @@ def native_on_device(space: ActionSpace) -> Callable[[jax.Array], jax.Array]:
     def native(action: jax.Array) -> jax.Array:
         shape = action.shape
         if is_whole(space):
-            whole = jnp.broadcast_to(low, shape) + 0.5 * (action + 1.0) * jnp.broadcast_to(
-                high - low + 1.0, shape
-            )
-            return jnp.minimum(jnp.floor(whole), jnp.broadcast_to(high, shape))
+            count = jnp.broadcast_to(high - low + 1.0, shape)
+            whole = jnp.floor(jnp.broadcast_to(low, shape) + 0.5 * (action + 1.0) * count)
+            return jnp.minimum(whole, jnp.broadcast_to(high, shape))
         return jnp.broadcast_to(low, shape) + (action + 1.0) * jnp.broadcast_to(0.5 * (high - low), shape)
 
     return native
