@@ -444,7 +444,7 @@ def test_a_run_in_a_process_of_its_own_is_the_same_run(importable: str, tmp_path
     here = learner(importable, tmp_path / "here").learn()
     apart = learner(importable, tmp_path / "apart", "env.timeout=20").learn()
     assert eqx.tree_equal(here.progress, apart.progress)
-    processes = [each._process.pid for each in (apart.run.env._stepped, *apart.run._eval_envs)]  # type: ignore
+    processes = [each._process.pid for each in (apart.run.env._stepped, *apart.run.evaluation_envs._held)]  # type: ignore
     assert len(processes) == 2
     assert all(map(is_alive, processes))
     apart.close()

@@ -187,7 +187,7 @@ def test_an_evaluation_leaves_nothing_in_the_current_folder(
 def test_an_evaluation_environment_that_is_given_is_used() -> None:
     given = gym.make("Pendulum-v1", g=5.0)
     learner = Learner("Pendulum-v1", "mve-sac", settings=SMALL, eval_env=given)
-    assert learner.run.another_env().unwrapped.g == 5.0  # pyright: ignore
+    assert learner.run.evaluation_envs.another().unwrapped.g == 5.0  # pyright: ignore
 
 
 def test_so_it_does_where_the_environment_is_made_by_id(tmp_path: Path) -> None:
@@ -222,14 +222,14 @@ def test_what_cannot_be_copied_trains_beside_an_environment_for_evaluation(tmp_p
     assert len(run.learn(120).evaluate().returns) == 2
     assert judge.steps == 25
     copied = Learner(env := Slide(), "sac", settings=SAC, run_dir=tmp_path / "same", eval_env=env, quiet=True)
-    assert copied.run.another_env() is not env  # one that is trained in is not evaluated in
+    assert copied.run.evaluation_envs.another() is not env  # one that is trained in is not evaluated in
 
 
 def test_an_environment_given_to_a_run_begun_by_id_is_used_throughout(tmp_path: Path) -> None:
     Learner("Pendulum-v1", "sac", settings=SAC, run_dir=tmp_path / "run", quiet=True).save(tmp_path / "run")
     learner = Learner.load(tmp_path / "run", given := gym.make("Pendulum-v1", g=5.0), quiet=True)
     assert learner.run.instance is given
-    assert learner.run.another_env().unwrapped.g == 5.0  # pyright: ignore
+    assert learner.run.evaluation_envs.another().unwrapped.g == 5.0  # pyright: ignore
 
 
 def test_a_folder_that_has_gone_further_is_not_set_back_by_saving_into_it(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ from mve.dynamics import Dynamics, Limits
 from mve.evaluate import LONGEST_EPISODE
 from mve.learner import Learner
 from mve.measure import Played, plain
+from mve.messages import number
 from mve.networks import usable_spread
 from mve.types import Json, StepFn, Transition, UserError
 
@@ -341,9 +342,8 @@ def summary(report: Json, folder: Path) -> str:
     return "\n".join([*lines, f"written      {folder}"])
 
 
-def _shown(number: float | None, sign: str = "") -> str:
-    """A number of a report, None where it is not finite: a model that diverges has such."""
-    return "not finite" if number is None else f"{number:{sign}.4g}"
+def _shown(x: float | None, sign: str = "") -> str:
+    return number(x, f"{sign}.4g")
 
 
 def _rate(share: float) -> str:

@@ -206,7 +206,8 @@ class Learner:
 
     def prepare(self) -> None:
         """Open the run folder, which is locked, and make room for what is to come."""
-        self.run.check_judged()
+        if self.run.device is None:
+            self.run.evaluation_envs.check()
         if self._fresh:
             folders.refuse_taken(self.folder)
         elif folders.newest(self.folder) != self._newest:

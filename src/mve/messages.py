@@ -15,6 +15,11 @@ def what_failed(error: BaseException) -> str:
     return one_line(f"{type(error).__name__}: {error}").rstrip(":")
 
 
+def number(x: float | None, form: str) -> str:
+    """A number of a report, None where it is not finite: a model that diverges has such."""
+    return "not finite" if x is None else f"{x:{form}}"
+
+
 def no_device() -> str | None:
     """Why JAX has nothing to compute on, on one line; None if it has."""
     import jax

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mve.messages import number
 from mve.plot import COLOURS, GRID, INK, STYLE, write
 from mve.types import Json
 
@@ -95,7 +96,7 @@ def _draw_values(axis: Any, report: Json) -> None:
     span = np.array([np.nanmin(both), np.nanmax(both)])
     axis.plot(span, span, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     for label, values, colour, numbers in shown:
-        text = f"{label}:  bias {_signed(numbers['bias'])},  rmse {_number(numbers['rmse'])}"
+        text = f"{label}:  bias {number(numbers['bias'], '+.3g')},  rmse {number(numbers['rmse'], '.3g')}"
         axis.scatter(earned, values, s=7, color=colour, alpha=0.3, linewidth=0, label=text)
     legend = axis.legend(loc="upper left", fontsize=9.5, handletextpad=0.2, borderaxespad=0.2)
     for handle in legend.legend_handles:
@@ -185,7 +186,7 @@ def _draw_calibration(axis: Any, calibration: list[Json] | None) -> None:
     axis.plot(span, span, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     for found, line, colour in zip(calibration, lines, COLOURS, strict=False):
         depth = found["depth"]
-        label = f"{depth} step{'s' * (depth > 1)}: error {_number(found['ratio'])} x spread"
+        label = f"{depth} step{'s' * (depth > 1)}: error {number(found['ratio'], '.3g')} x spread"
         axis.plot(*line, color=colour, linewidth=1.8, marker="o", markersize=4, label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")
@@ -209,11 +210,3 @@ def _name(axis: Any, x: float, y: float, name: str, colour: str, side: str = "ce
 
 def _floats(values: list[float | None]) -> np.ndarray:
     return np.array(values, np.float64)
-
-
-def _number(x: float | None) -> str:
-    return "not finite" if x is None else f"{x:.3g}"
-
-
-def _signed(x: float | None) -> str:
-    return "not finite" if x is None else f"{x:+.3g}"

@@ -5,7 +5,6 @@ No training state is kept here: policies come in, with NumPy leaves, and blocks 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import deque
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from pathlib import Path
 import gymnasium as gym
 import jax
 import numpy as np
-from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 from mve import config, divergence, folders, schedule
 from mve.checkpoint.frozen import Frozen
@@ -25,20 +23,19 @@ from mve.checkpoint.segments import Ring, Shelf
 from mve.config import Config
 from mve.divergence import Watch
 from mve.dynamics import DynamicsConfig
-from mve.envs import device_env, host, oracle, snapshot
+from mve.envs import device_env, host, oracle, worker
 from mve.envs.base import EnvConfig, EnvSpec, Episode, HostPolicy, Snapshot
 from mve.envs.given import What, fault
 from mve.envs.host import BrokenOffError, HostEnv
 from mve.envs.known import name_of, never
-from mve.envs.stepped import Here, Restarts, Stepped
-from mve.envs.worker import Worker
+from mve.envs.stepped import Restarts
 from mve.evaluate import LONGEST_EPISODE, Evaluation, evaluate
+from mve.evaluation_envs import EvaluationEnvs, copied
 from mve.imagine import ImaginationConfig
 from mve.policies import Policy, held
 from mve.state import Capacity, Progress, Recipe
 from mve.types import (
     DivergedError,
-    FaultError,
     Json,
     Known,
     RewardFn,
@@ -50,7 +47,6 @@ from mve.types import (
 
 EXPLORATION_STREAM = 3  # first word of the seeds of exploration noise, one generator per block
 RECENT_EPISODES = 10
-FORGETFUL = (TimeLimit, OrderEnforcing, PassiveEnvChecker)  # wrappers that a reset makes like new
 
 
 class Run:
@@ -69,7 +65,7 @@ class Run:
         self._made = EnvConfig() if given else built.env  # how another is made, if it has an id
         if built.env.is_apart and not self._made.id:
             raise UserError("env.own_process and env.timeout need an environment given by its id")
-        self.instance, self._eval_env = instance, eval_env if eval_env is not instance else None
+        self.instance = instance
         self.restarts = Restarts(built.env, f"{name_of(instance)}, seed {built.seed}")
         self.env = HostEnv(
             instance,
@@ -77,10 +73,11 @@ class Run:
             truncation_is_terminal=built.env.truncation_is_terminal,
             reward_fn=reward_fn,
             termination_fn=termination_fn,
-            stepped=partial(_stepped, self._made, instance),
+            stepped=partial(worker.stepped, self._made, instance),
             restarts=self.restarts,
         )
         self.spec: EnvSpec = self.env.spec
+        self.evaluation_envs = EvaluationEnvs(self._made, instance, eval_env, self.spec.obs_size)
         functions = _sound({"reward": reward_fn, "termination": termination_fn}, self.spec, instance)
         config.check_actions(built, self.spec)
         self._asked = built
@@ -102,7 +99,6 @@ class Run:
         self.metrics: dict[str, float] = {}  # what learning said last
         self.watch = Watch()
         self.judged: Json | None = None  # by the last evaluation, and at which step
-        self._eval_envs: list[Stepped] = []
 
     def set_budget(self, total_steps: int, *, begun: bool) -> None:
         """Train to so many steps. What follows from the budget does as well, before anything has begun and
@@ -239,75 +235,25 @@ class Run:
         if self.device is not None:
             return Evaluation(*self.device.evaluate(policy, step, wanted, LONGEST_EPISODE))
         return evaluate(
-            self._to_be_judged_in(wanted),
+            self.evaluation_envs.side_by_side(wanted),
             policy,
             self.action_space,
             longest=self.spec.max_episode_steps or LONGEST_EPISODE,
             **{"episodes": wanted, "seed": self.config.seed, "step": step, "restarts": self.restarts},
         )
 
-    def _to_be_judged_in(self, wanted: int) -> list[Stepped]:
-        """As many environments as there are episodes, or one, whose episodes follow one another. FaultError
-        where there can be none: the run is saved then, as for any fault."""
-        if self._eval_env is not None:
-            return [_stepped(EnvConfig(), self._eval_env, self.spec.obs_size)]
-        apart = self._made.is_apart  # in a process, which makes its own and holds one
-        if not apart and (not self._made.id or self._gathers):
-            # Copied anew: wrappers that gather statistics have the instance's, whenever the run was resumed.
-            self._eval_envs.clear()
-        try:
-            while len(self._eval_envs) < (1 if apart else wanted):
-                env = self.instance if apart else self.another_env()
-                self._eval_envs.append(_stepped(self._made, env, self.spec.obs_size))
-        except UserError as error:
-            raise FaultError(f"no environment to evaluate in: {error}") from error
-        return self._eval_envs[:wanted]
-
     def close(self) -> None:
         """Give up the environments, and the processes that they may be in; an instance of the user's own
         stays open."""
-        for env in self._eval_envs:
-            env.close()
-        self._eval_envs.clear()
+        self.evaluation_envs.close()
         if self._made.id:
             self.env.close()
-
-    def check_judged(self) -> None:
-        """UserError for an instance that cannot be copied for evaluation: before the first step, not after
-        a thousand."""
-        if not self._made.id and self._eval_env is None and self.device is None:
-            self.another_env()
-
-    def another_env(self) -> gym.Env:
-        """An environment of the same task, for evaluation: the one that was given for it, or else another.
-        UserError where there is no way to one."""
-        if self._eval_env is not None:
-            return self._eval_env
-        if self._made.id and not self._gathers:
-            return host.make(self._made)
-        try:
-            return self._copy(self.instance, "for evaluation")
-        except UserError:
-            if self._made.id:
-                return host.make(self._made)
-            raise
-
-    @property
-    def _gathers(self) -> bool:
-        """Whether a wrapper may keep something from one episode to the next, as those for statistics do."""
-        return any(not isinstance(layer, FORGETFUL) for layer in snapshot.layers_of(self.instance)[:-1])
 
     def simulator(self) -> StepFn:
         """The environment's own dynamics, from a copy that is set to whatever state is imagined."""
         return oracle.simulator(
-            host.make(self._made) if self._made.id else self._copy(self.instance, "to be set to states")
+            host.make(self._made) if self._made.id else copied(self.instance, "to be set to states")
         )
-
-    def _copy(self, env: gym.Env, purpose: str) -> gym.Env:
-        try:
-            return copy.deepcopy(env)
-        except Exception as error:
-            raise UserError(f"{self.spec.name} cannot be copied {purpose}: {error}") from error
 
     # Records
 
@@ -394,13 +340,6 @@ class Run:
 def _interval(imagination: ImaginationConfig) -> str:
     updates = imagination.interval_updates
     return f"{updates} updates" if updates else f"{imagination.interval_steps} steps"
-
-
-def _stepped(settings: EnvConfig, env: gym.Env, obs_size: int) -> Stepped:
-    """What steps the environment, which is `env` but for one in a process of its own."""
-    if settings.is_apart:
-        return Worker(settings, obs_size)
-    return Here(env, obs_size, partial(host.make, settings) if settings.id else None)
 
 
 def _sound(given: Mapping[What, RewardFn | TerminationFn | None], spec: EnvSpec, env: gym.Env) -> list[What]:

@@ -18,14 +18,16 @@ import threading
 import time
 import weakref
 from dataclasses import asdict
+from functools import partial
 from typing import Any, final
 
+import gymnasium as gym
 import msgspec
 import numpy as np
 
 from mve.envs.base import EnvConfig, Snapshot
 from mve.envs.host import make
-from mve.envs.stepped import Fault, Here, Step
+from mve.envs.stepped import Fault, Here, Step, Stepped
 from mve.types import UserError
 
 START_TIMEOUT = 120.0  # seconds for an interpreter, its imports and the making of the environment
@@ -51,6 +53,13 @@ class Packed(msgspec.Struct, array_like=True):
         """What was packed, from a message that was read; in memory of its own."""
         dtype, shape, data = sent
         return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+def stepped(config: EnvConfig, env: gym.Env, obs_size: int) -> Stepped:
+    """What steps an environment, which is `env` but for one that is to be in a process of its own."""
+    if config.is_apart:
+        return Worker(config, obs_size)
+    return Here(env, obs_size, partial(make, config) if config.id else None)
 
 
 @final
