@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 # What is stopped early has to begin as what it stands beside did, not after a fifth of its own steps.
-STARTS = ("train.learning_starts", "train.initial_updates", "dynamics.learning_starts")
+STARTS = ("train.learning_starts", "dynamics.learning_starts")
 EVALUATIONS = ("evaluate.interval_steps=5000", "evaluate.episodes=10")
 
 
@@ -60,6 +60,9 @@ LOOSE = (
 )
 LARGE_MINIBATCHES = ("dynamics.batch_size=256", "dynamics.learning_rate=0.001")
 RECENT_SUMS = ("targets.n_step_within=4000", "targets.n_step_warmup=false")
+# To begin with: as many as where ends are known.
+MORE_UPDATES = ("dynamics.termination=learned", "train.initial_updates=5000")
+HISTOGRAMS = ("agent.value_bins=101", "targets.n_step_warmup=false")
 WIDE_BOUNDS = ("agent.value_margin=1",)
 # As the flagship was before, one upon the other; actors were averaged over some 200 updates then.
 ONE_REAL_STEP = ("agent.actor_rate_falls_after=0", *NO_SUMS)
@@ -96,11 +99,13 @@ VARIANTS = {
     "short-branches": Variant("mve-svg", ("imagination.length=[5,5]",)),
     "preserved-values": Variant("mve-svg", ("agent.preserve_values=true",)),
     "histogram-critics": Variant("mve-svg", ("agent.value_bins=101",)),
-    "histograms-no-warm-up-sums": Variant("mve-svg", ("agent.value_bins=101", "targets.n_step_warmup=false")),
+    "histograms-no-warm-up-sums": Variant("mve-svg", HISTOGRAMS),
+    "histograms-cautious-actor": Variant("mve-svg", (*HISTOGRAMS, "agent.actor_value=least")),
     "two-updates": Variant("mve-svg", ("train.updates_per_step=2",)),
     "trusted-branches": Variant("mve-svg", ("imagination.trust=2",)),
     "learned-termination": Variant("mve-svg", ("dynamics.termination=learned",)),
-    "termination-net": Variant("mve-svg", ("dynamics.termination=learned", "dynamics.limits=false")),
+    "learned-termination-more-updates": Variant("mve-svg", MORE_UPDATES),
+    "termination-net": Variant("mve-svg", (*MORE_UPDATES, "dynamics.limits=false")),
     "honest-noise": Variant("mve-svg", ("dynamics.bootstrap=true", "dynamics.noise_rows=unseen")),
     "resets": Variant("mve-svg", ("agent.reset_optimisers=true",)),
     "mve-sac": Variant("mve-sac"),

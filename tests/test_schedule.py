@@ -44,6 +44,8 @@ def test_the_warm_up_is_a_fifth_of_the_budget_if_so_wanted() -> None:
         built = schedule.with_budgets(of_budget, 200)
         assert (built.train.learning_starts, built.train.initial_updates) == (starts, starts)
         assert built.dynamics.learning_starts == starts
+        # Where ends have to be learned, fewer updates with a model that has seen those of random actions.
+        assert schedule.with_budgets(of_budget, 200, learns_ends=True).train.initial_updates == starts // 5
         assert schedule.with_budgets(built, 200) == built
 
 

@@ -57,7 +57,8 @@ class TrainConfig:
     """Updates of the agent per environment step (paper: 4)."""
     initial_updates: OwnCount = 0
     """Updates of the agent as it begins to learn, on top of the steady rate (DHMBPO: 5000). auto: as many
-    as steps came before."""
+    as steps came before; a fifth of them where what ends an episode has to be learned, of which random
+    actions show one kind alone."""
     overlap: bool = True
     """Collect a block while the device learns from the one before: the policy acts one block behind. (Not
     where the environment is on the device too: there it never does.)"""

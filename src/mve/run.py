@@ -81,7 +81,7 @@ class Run:
         functions = _sound({"reward": reward_fn, "termination": termination_fn}, self.spec, instance)
         config.check_actions(built, self.spec)
         self._asked = built
-        self.config = schedule.with_budgets(built, self.spec.max_episode_steps)
+        self.config = self._with_budgets(built)
         self.device = device_env.of(  # takes its steps in place of `env`, if there is one
             instance,
             self.spec,
@@ -108,8 +108,12 @@ class Run:
             self.config = replace(self.config, train=replace(self.config.train, total_steps=total_steps))
             return
         asked = replace(asked, train=replace(asked.train, total_steps=total_steps))
-        self.config = schedule.with_budgets(asked, self.spec.max_episode_steps)
+        self.config = self._with_budgets(asked)
         self.recipe = self._make_recipe()
+
+    def _with_budgets(self, asked: Config) -> Config:
+        learns_ends = _known(asked.dynamics, self.spec, asked.env.id).termination is None
+        return schedule.with_budgets(asked, self.spec.max_episode_steps, learns_ends=learns_ends)
 
     def _make_recipe(self) -> Recipe:
         settings, block_steps = self.config, self.config.train.block_steps

@@ -15,13 +15,17 @@ from mve.types import UserError
 
 EPISODES_IN_BUDGET, BUDGET_WITHOUT_LIMIT = 25, 25_000
 LONGEST_WARMUP, WARMUP_SHARE = 5000, 5  # environment steps at most; a fifth of the budget
+FEWER_UPDATES = 5  # times, to begin with, where the model has yet to learn what ends an episode
 SMALLEST_DISCOUNT, LARGEST_DISCOUNT = 0.95, 0.995  # of those that come from the episode's length
 SHORT_BUDGET = 100_000  # environment steps below which evaluations come every 1000 steps
 LONGEST_UNSAVED = 5000  # environment steps between checkpoints, unless other is asked
 
 
-def with_budgets(config: Config, max_episode_steps: int | None) -> Config:
-    """Numbers for the settings that depend on the task or the budget: in place of 0, or of a word."""
+def with_budgets(config: Config, max_episode_steps: int | None, *, learns_ends: bool = False) -> Config:
+    """Numbers for the settings that depend on the task or the budget: in place of 0, or of a word.
+
+    `learns_ends`: whether the model has to learn what ends an episode.
+    """
     default = EPISODES_IN_BUDGET * max_episode_steps if max_episode_steps else BUDGET_WITHOUT_LIMIT
     total = config.train.total_steps or default
     interval = config.evaluate.interval_steps or (1000 if total < SHORT_BUDGET else 5000)
@@ -29,7 +33,7 @@ def with_budgets(config: Config, max_episode_steps: int | None) -> Config:
     if discount == "episode":
         discount = discount_of(max_episode_steps)
     starts = _number(config.train.learning_starts, min(total // WARMUP_SHARE, LONGEST_WARMUP))
-    updates = _number(config.train.initial_updates, starts)
+    updates = _number(config.train.initial_updates, starts // FEWER_UPDATES if learns_ends else starts)
     return replace(
         config,
         targets=replace(config.targets, discount=discount),
