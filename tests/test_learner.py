@@ -184,13 +184,6 @@ def test_an_evaluation_leaves_nothing_in_the_current_folder(
     assert "deprecated" not in capfd.readouterr().err
 
 
-def test_learning_begins_with_fewer_updates_where_ends_have_to_be_learned() -> None:
-    for ends, updates in (("auto", 1000), ("never", 1000), ("learned", 200)):
-        learner = Learner("Pendulum-v1", "mve-svg", settings=[f"dynamics.termination={ends}"], quiet=True)
-        assert learner.config.train.learning_starts == 1000
-        assert learner.config.train.initial_updates == updates
-
-
 def test_an_evaluation_environment_that_is_given_is_used() -> None:
     given = gym.make("Pendulum-v1", g=5.0)
     learner = Learner("Pendulum-v1", "mve-sac", settings=SMALL, eval_env=given)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
 from mve import schedule
 from mve.config import build
+from mve.run import Run
 
 
 def test_refits_are_counted_from_when_the_agent_learns() -> None:
@@ -47,6 +49,12 @@ def test_the_warm_up_is_a_fifth_of_the_budget_if_so_wanted() -> None:
         # Where ends have to be learned, fewer updates with a model that has seen those of random actions.
         assert schedule.with_budgets(of_budget, 200, learns_ends=True).train.initial_updates == starts // 5
         assert schedule.with_budgets(built, 200) == built
+
+
+def test_learning_begins_with_fewer_updates_where_ends_have_to_be_learned() -> None:
+    for ends, updates in (("auto", 1000), ("never", 1000), ("learned", 200)):
+        built = build("Pendulum-v1", "mve-svg", [f"dynamics.termination={ends}"])
+        assert Run(built, gym.make("Pendulum-v1")).config.train.initial_updates == updates
 
 
 def test_a_run_is_saved_as_often_as_it_is_judged() -> None:
