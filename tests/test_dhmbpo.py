@@ -189,8 +189,8 @@ def test_critics_may_learn_a_histogram_whose_mean_is_their_value() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"value_bins": 101}, "there are none"),
-        ({"preserve_values": True}, "there are none"),
+        ({"value_bins": 101}, "there are none; .* or agent.value_bins=0$"),
+        ({"preserve_values": True}, "there are none; .* or agent.preserve_values=false$"),
         ({"value_bins": 2, "value_bounds_rate": 0.1}, "next to nothing"),
         ({"value_bins": 101, "value_bounds_rate": 0.1, "preserve_values": True}, "moves with its bounds"),
         ({"value_bins": 101, "value_bounds_rate": 0.1, "value_margin": 1.0}, "ends where its bounds are"),

@@ -107,9 +107,10 @@ class SACConfig(ActorCriticConfig):
             )
         for name, does in BOUNDED.items():
             if getattr(self, name) and not self.scales_values:
+                without = str(getattr(SACConfig, name)).lower()
                 raise UserError(
                     f"agent.{name} = {getattr(self, name)} {does}, and there are none; "
-                    "set agent.value_bounds_rate, 3e-4 is usual"
+                    f"set agent.value_bounds_rate, 3e-4 is usual, or agent.{name}={without}"
                 )
         if self.value_bins in (1, 2):
             raise UserError(f"agent.value_bins = {self.value_bins} says next to nothing; 101 is usual")
