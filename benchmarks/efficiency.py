@@ -64,7 +64,7 @@ RECENT_SUMS = ("targets.n_step_within=4000", "targets.n_step_warmup=false")
 MORE_UPDATES = ("dynamics.termination=learned", "train.initial_updates=5000")
 HISTOGRAMS = ("agent.value_bins=101", "targets.n_step_warmup=false")
 WIDE_BOUNDS = ("agent.value_margin=1",)
-# As the flagship was before, one upon the other; actors were averaged over some 200 updates then.
+# As the flagship was before, one upon the other; actors were averaged over some 200 updates then, or none.
 ONE_REAL_STEP = ("agent.actor_rate_falls_after=0", *NO_SUMS)
 LOOSE_MODEL = (*ONE_REAL_STEP, *LOOSE)
 FEWER_FITS = (*LOOSE_MODEL, "dynamics.fits_per_refit=60", *LARGE_MINIBATCHES)
