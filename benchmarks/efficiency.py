@@ -233,16 +233,18 @@ def report(root: Path, options: argparse.Namespace) -> int:
     if not fresh:
         raise UserError(f"{root} holds no runs; `train` makes them")
     files = [path for path in (options.csv, options.ablations_csv) if path and path.exists()]
-    curves = [*fresh, *others(compare.read(files), fresh, lambda curve: (curve.env, curve.algo))]
+    curves = [*fresh, *others(compare.read(files), fresh, lambda curve: (curve.task, curve.algo))]
     if unknown := {curve.algo for curve in curves} - set(VARIANTS):
         named = ", ".join(sorted(unknown))
         raise UserError(
             f"{' or '.join(map(str, files))} has {named}, which VARIANTS has not; rename or remove"
         )
-    tasks = {curve.env for curve in curves}
-    published = [c for c in compare.read([options.published]) if c.env in tasks and c.algo in options.against]
+    tasks = {curve.task for curve in curves}
+    published = [
+        c for c in compare.read([options.published]) if c.task in tasks and c.algo in options.against
+    ]
     order = list(VARIANTS)
-    curves.sort(key=lambda curve: (curve.env, order.index(curve.algo)))
+    curves.sort(key=lambda curve: (curve.task, order.index(curve.algo)))
     presets = [curve for curve in curves if not VARIANTS[curve.algo].settings]
     changed = [curve for curve in curves if VARIANTS[curve.algo].settings]
     at = options.at or compare.common_steps(presets or curves)
@@ -286,7 +288,7 @@ def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list
     each seed's return at the step, by task."""
     from mve import compare
 
-    tasks = list(dict.fromkeys(curve.env for curve in curves))
+    tasks = list(dict.fromkeys(curve.task for curve in curves))
     cells = {
         (task, name): f"{middle}: {seeds.replace(' ', ', ')}"
         for task, name, _, _, middle, _, _, seeds in compare.table(curves, [step])

@@ -173,5 +173,16 @@ def test_a_file_of_another_form_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(UserError, match="cannot read"):
         compare.read([tmp_path / "x.csv"])
+    text = "suite,env,algo,seed,step,return,source\ngym,Task-v1,a,0,100,nan,x\n"
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(UserError, match=r"cannot read .*x.csv: line 2: a return of nan; leave the row out"):
+        compare.read([tmp_path / "x.csv"])
     assert cli.main(["compare", str(tmp_path / "nowhere")]) == 2
     assert cli.main(["compare"]) == 2
+
+
+def test_tasks_of_one_name_and_two_suites_are_two() -> None:
+    here, there = curve("a", 0, 1.0), curve("a", 0, 9.0)._replace(suite="jax")
+    compare.refuse_twice([here, there])
+    rows = compare.table([here, there], [1000])
+    assert [(row[0], row[3], row[4]) for row in rows] == [("Task-v1", "1", "1"), ("jax/Task-v1", "1", "9")]

@@ -203,6 +203,64 @@ def test_so_it_does_where_the_environment_is_made_by_id(tmp_path: Path) -> None:
         gym.registry.pop("Gathering-v0")
 
 
+def test_wrappers_that_gather_are_neither_made_anew_nor_evaluated_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gym.register("Gathering-v0", entry_point=lambda: NormalizeObservation(Held()))  # type: ignore
+    try:
+        run = Learner("Gathering-v0", "sac", settings=SAC, run_dir=tmp_path / "run", quiet=True)
+        with pytest.raises(UserError, match="give another as eval_env"):
+            run.run.evaluation_envs.another()
+        apart = Learner("Gathering-v0", "sac", settings=[*SAC, "env.own_process=true"], quiet=True)
+        with pytest.raises(UserError, match="NormalizeObservation, whose statistics evaluation in another"):
+            apart.learn(120)
+    finally:
+        gym.registry.pop("Gathering-v0")
+
+
+def test_evaluation_copies_the_environment_that_a_restart_has_made() -> None:
+    made = [NormalizeObservation(Slide()), NormalizeObservation(Slide())]
+    run = Learner(made[0], "sac", settings=SAC, quiet=True).run
+    run.env._stepped.env = made[1]  # type: ignore
+    made[1].obs_rms.count = 77.0
+    assert run.evaluation_envs.another().obs_rms.count == 77.0  # type: ignore
+
+
+def test_many_episodes_are_played_in_lots_of_those_that_training_plays() -> None:
+    run = Learner("Pendulum-v1", "sac", settings=SAC, quiet=True)
+    assert len(run.evaluate(5).returns) == 5
+    assert len(run.run.evaluation_envs._held) == 2
+    np.testing.assert_array_equal(run.evaluate(5).returns[:2], run.evaluate().returns)
+
+
+def test_an_evaluation_environment_in_which_others_act_is_refused() -> None:
+    scaled = gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), -1, 1)
+    with pytest.raises(UserError, match=r"eval_env Pendulum-v1 has actions .* wrap them alike"):
+        Learner("Pendulum-v1", "sac", eval_env=scaled)
+    with pytest.raises(UserError, match=r"shows observations of shape \(4,\), training \(3,\)"):
+        Learner("Pendulum-v1", "sac", eval_env=gym.wrappers.TimeAwareObservation(gym.make("Pendulum-v1")))
+    with pytest.raises(UserError, match="is evaluated on the device"):
+        Learner("jax/Pendulum-v1", "sac", eval_env=gym.make("Pendulum-v1"))
+
+
+@pytest.mark.parametrize("steps", [120.0, np.int64(120), np.float32(120)])
+def test_budgets_and_seeds_are_whole_numbers_of_any_library(steps: Any, tmp_path: Path) -> None:
+    run = Learner(Slide(), "sac", seed=np.int64(3), settings=SAC, run_dir=tmp_path / "run", quiet=True)
+    run.set_budget(steps)
+    run.save(tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["train"]["total_steps"], config["seed"]) == (120, 3)
+    assert Learner.load(tmp_path / "run", Slide(), quiet=True, which=0).config == run.config
+
+
+@pytest.mark.parametrize("steps", [0, -5, 1.5, float("nan")])
+def test_what_is_no_budget_is_refused(steps: Any, tmp_path: Path) -> None:
+    run = Learner(Slide(), "sac", settings=SAC, run_dir=tmp_path / "run", quiet=True)
+    with pytest.raises(UserError, match="total_timesteps"):
+        run.learn(steps)
+    assert not (tmp_path / "run").exists()
+
+
 class Held(Slide):
     """One that no copy can be made of."""
 

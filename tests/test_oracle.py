@@ -400,6 +400,15 @@ def test_what_cannot_be_set_is_refused_by_name(env: Callable[[], gym.Env], compl
         oracle.simulator(env())
 
 
+def test_what_raises_when_it_is_set_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unset(self: Settable, obs: np.ndarray) -> None:
+        raise KeyError("qpos")
+
+    monkeypatch.setattr(Settable, "set_observation", unset)
+    with pytest.raises(UserError, match="Settable cannot be an oracle: KeyError: 'qpos'"):
+        oracle.simulator(Settable(linear_system()))
+
+
 def test_the_command_line_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "Pusher-v5", "--algo", "mve-sac", "--set", "dynamics.kind=oracle"]) == 2
     assert capsys.readouterr().err == (

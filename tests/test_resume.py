@@ -112,6 +112,17 @@ def test_a_killed_run_resumes_within_its_episode_to_the_same_end(
     assert facts["evaluation"]["mean_reward"] == pytest.approx(float(rows[-1][2]))
 
 
+def test_a_run_that_goes_back_and_is_killed_at_once_has_one_history(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    Learner("Pendulum-v1", "sac", run_dir=folder, settings=SMALL, quiet=True).learn(200)
+    kept = checkpoint.steps(folder / "checkpoints")
+    earlier = Learner.load(folder, quiet=True, which=kept[-2])
+    earlier.prepare()  # as far as a kill in the first block
+    assert checkpoint.steps(folder / "checkpoints") == kept[:-1]
+    assert lines(folder)[-1]["time/total_timesteps"] <= kept[-2]
+    assert Learner.load(folder, quiet=True).num_timesteps == kept[-2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["HalfCheetah-v5", "Hopper-v5", "Ant-v5", "CartPole-v1"])
 @pytest.mark.parametrize("algo", ["sac", "dhmbpo", "calibrated-sac", "retrace-sac"])

@@ -186,5 +186,7 @@ def test_seeds_that_had_not_all_begun_are_not_taken_for_all(tmp_path: Path) -> N
     (tmp_path / "seed-0").mkdir()
     (tmp_path / "seed-0" / "config.json").write_text("{}")
     (tmp_path / "seed-1").mkdir()
-    with pytest.raises(UserError, match="was stopped before seed-1 had begun; remove it and train again"):
+    (tmp_path / "seed-0-2").mkdir()  # a second run of seed 0, and a copy: no seeds of this folder
+    (tmp_path / "seed-3.bak").mkdir()
+    with pytest.raises(UserError, match="stopped before seed-1 had begun; remove seed-1 to go on without"):
         seeds.load(tmp_path)

@@ -40,6 +40,11 @@ class Curve(NamedTuple):
     step: np.ndarray
     value: np.ndarray  # mean return of the evaluation's episodes
 
+    @property
+    def task(self) -> str:
+        """The name that `mve train` knows it by."""
+        return self.env if self.suite == "gym" else f"{self.suite}/{self.env}"
+
 
 class Score(NamedTuple):
     """What several seeds reached at a step."""
@@ -105,6 +110,10 @@ def _read_csv(path: Path) -> list[Curve]:
             for row in reader:
                 name = tuple(row[column] for column in ("suite", "env", "algo", "seed", "source"))
                 rows.setdefault(name, []).append((int(row["step"]), float(row["return"])))
+                if not math.isfinite(rows[name][-1][1]):
+                    raise ValueError(
+                        f"line {reader.line_num}: a return of {row['return']}; leave the row out"
+                    )
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     curves = []
@@ -136,7 +145,7 @@ def grouped(curves: Sequence[Curve]) -> dict[str, dict[str, list[Curve]]]:
     """By task, then by algorithm, in the order given."""
     tasks: dict[str, dict[str, list[Curve]]] = {}
     for curve in curves:
-        tasks.setdefault(curve.env, {}).setdefault(curve.algo, []).append(curve)
+        tasks.setdefault(curve.task, {}).setdefault(curve.algo, []).append(curve)
     return tasks
 
 
@@ -196,7 +205,7 @@ def refuse_twice(curves: Sequence[Curve]) -> None:
         name = (curve.suite, curve.env, curve.algo, curve.seed)
         if (other := seen.setdefault(name, curve)) is not curve:
             raise UserError(
-                f"seed {curve.seed} of {curve.algo} on {curve.env} is there twice (from {other.source} and "
+                f"seed {curve.seed} of {curve.algo} on {curve.task} is there twice (from {other.source} and "
                 f"{curve.source}), and would count twice; leave one out, or name them apart: NAME=PATH"
             )
 
@@ -210,7 +219,7 @@ def common_steps(curves: Sequence[Curve]) -> list[int]:
 def table(curves: Sequence[Curve], steps: Sequence[int]) -> list[tuple[str, ...]]:
     """A row of texts, under HEADER, for each task, step and algorithm that has come so far."""
     rows = []
-    for env, algos in grouped(curves).items():
+    for task, algos in grouped(curves).items():
         for step in steps:
             for algo, group in algos.items():
                 if (found := score(group, step)) is None:
@@ -221,7 +230,7 @@ def table(curves: Sequence[Curve], steps: Sequence[int]) -> list[tuple[str, ...]
                 spread = "" if math.isnan(found.low) else f" [{low}, {high}]"
                 rows.append(
                     (
-                        env, algo, thousands(float(step)), str(len(values)), f"{between}{middle}{spread}",
+                        task, algo, thousands(float(step)), str(len(values)), f"{between}{middle}{spread}",
                         mean, median, " ".join(every),
                     )
                 )  # fmt: skip
@@ -248,17 +257,17 @@ def picture(
     curves, references = ([c for c in some if len(c.step)] for some in (curves, references))
     tasks, known = grouped(curves), grouped(references)
     algos = list(dict.fromkeys(curve.algo for curve in curves))
-    others = list(dict.fromkeys(c.algo for c in references if c.env in tasks))
+    others = list(dict.fromkeys(c.algo for c in references if c.task in tasks))
     colours = {algo: COLOURS[i % len(COLOURS)] for i, algo in enumerate(algos)}
     greys = {algo: str(0.25 + 0.5 * i / max(len(others), 1)) for i, algo in enumerate(others)}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.5 + 5.2 * len(tasks), 4.2), layout="constrained")
-        for axis, (env, by_algo) in zip(
+        for axis, (task, by_algo) in zip(
             figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True
         ):
-            axis.set_title(env, loc="left", fontsize=13, fontweight="bold")
+            axis.set_title(task, loc="left", fontsize=13, fontweight="bold")
             end = float(last or max(c.step[-1] for group in by_algo.values() for c in group))
-            for algo, group in known.get(env, {}).items():
+            for algo, group in known.get(task, {}).items():
                 step, middle, _, _ = along(group, end)
                 if len(step) == 0:
                     continue

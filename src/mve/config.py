@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import chain
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, SupportsIndex, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -24,7 +25,7 @@ from mve.evaluate import EvaluateConfig
 from mve.imagine import ImaginationConfig
 from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO, PRESETS
 from mve.targets import TargetsConfig
-from mve.types import Count, Json, NonNegative, OwnCount, Positive, UserError
+from mve.types import Count, Json, NonNegative, OwnCount, Positive, UserError, Whole
 
 LONGEST_SHOWN = 100  # characters of a value in a message
 SHOWN_BY = "; `mve settings` shows them all"
@@ -112,6 +113,18 @@ def check_actions(config: Config, spec: EnvSpec) -> None:
         f"{spec.name} has {spec.action_size} {kind}, which {config.algo} is not for; "
         f"use --algo {default}, or see `mve list` for others"
     )
+
+
+def whole(what: str, number: Whole) -> int:
+    """As Python's own; UserError for what has a fraction, or is no number."""
+    try:
+        if isinstance(number, SupportsIndex):
+            return operator.index(number)
+        if (value := float(number)).is_integer():
+            return int(value)
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"{what} {_shown(number)} is not a whole number")
 
 
 def _plain(env_id: str, algo: str, assignments: Sequence[str], seed: int) -> Json:

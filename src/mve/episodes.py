@@ -27,10 +27,11 @@ def play(learner: Learner, episodes: int) -> Played:
     settings, agent = learner.config, learner.state.agent
     limit, cuts_reward = learner.spec.max_episode_steps, settings.env.truncation_is_terminal
     env_config = settings.env
-    if limit is not None and env_config.id and not cuts_reward:
+    makes = env_config.id and learner.run.evaluation_envs.gathering is None
+    if limit is not None and makes and not cuts_reward:
         longer = limit + _steps_until(TAIL, settings.targets.discount)
         env_config = replace(env_config, kwargs={**(env_config.kwargs or {}), "max_episode_steps": longer})
-    env = host.make(env_config) if env_config.id else learner.run.evaluation_envs.another()
+    env = host.make(env_config) if makes else learner.run.evaluation_envs.another()
     seeds = [host.episode_seed(DIAGNOSIS_STREAM, settings.seed, number) for number in range(episodes)]
     played = [
         _play_episode(HostEnv(env, seed=seed, truncation_is_terminal=cuts_reward), agent, number)

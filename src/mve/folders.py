@@ -27,7 +27,7 @@ from mve.state import Capacity, Progress, Recipe, TrainState, Unfinished, fresh_
 from mve.train import exploration_policy
 from mve.types import Count, Json, NonNegative, Positive, UserError
 
-RUNS = "seed-*/config.json"
+SEED = re.compile(r"seed-(\d+)")  # folder of one of several
 REPLAY_ROWS = "replay.rows"  # names of the tensors that checkpoints share
 
 
@@ -74,7 +74,17 @@ def free(wanted: Path) -> Path:
 
 def seeds_of(folder: Path) -> list[Path]:
     """The runs in a folder of several seeds, by number."""
-    found = [(re.fullmatch(r"seed-(\d+)", path.parent.name), path.parent) for path in folder.glob(RUNS)]
+    return [path for path in _seed_folders(folder) if (path / "config.json").exists()]
+
+
+def not_begun(folder: Path) -> list[Path]:
+    """Folders of seeds that hold no run: a kill came before."""
+    return [path for path in _seed_folders(folder) if not (path / "config.json").exists()]
+
+
+def _seed_folders(folder: Path) -> list[Path]:
+    """By number; seed-0-2, which is a second run of seed 0, is none of them."""
+    found = [(SEED.fullmatch(path.name), path) for path in folder.glob("seed-*/")]
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 

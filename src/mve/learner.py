@@ -32,7 +32,7 @@ from mve.presets import DEFAULT_ALGO, DEFAULT_DISCRETE_ALGO
 from mve.program import Alone, on_host
 from mve.run import Run
 from mve.state import Progress, Recipe, TrainState, grown, initial_state
-from mve.types import DivergedError, RewardFn, SpoiltError, TerminationFn, UserError
+from mve.types import DivergedError, RewardFn, SpoiltError, TerminationFn, UserError, Whole
 
 
 class Learner:
@@ -54,7 +54,7 @@ class Learner:
         env: str | gym.Env | NativeTask,
         algo: str | None = None,
         *,
-        seed: int = 0,
+        seed: Whole = 0,
         run_dir: Path | str | None = None,
         settings: Sequence[str] = (),
         reward_fn: RewardFn | None = None,
@@ -68,6 +68,7 @@ class Learner:
             else:
                 instance = native.as_gymnasium(env)
                 name = host.name_of(instance)
+            seed = config.whole("seed", seed)
             built = config.build(name, algo or _default_algo(instance), settings, seed)
             if not isinstance(env, str):
                 built = replace(built, env=replace(built.env, id=""))
@@ -169,7 +170,7 @@ class Learner:
         with log.capture_mujoco_warnings(None):
             return self.run.evaluate(self.policy(), self.num_timesteps, episodes)
 
-    def learn(self, total_timesteps: int | None = None) -> Learner:
+    def learn(self, total_timesteps: Whole | None = None) -> Learner:
         """Train for so many more environment steps, or to the end of the configured budget.
 
         What follows from the budget (when learning starts, how often a run is judged and saved) does so from
@@ -193,13 +194,16 @@ class Learner:
         """Give up the environments, and the processes that they may be in; your own instance stays open."""
         self.run.close()
 
-    def set_budget(self, total_timesteps: int | None) -> None:
+    def set_budget(self, total_timesteps: Whole | None) -> None:
         """So many more environment steps, or the configured budget; nothing is written."""
         if self._broken_off:
             raise UserError(self._gone)
         if total_timesteps is not None:
-            done = self.num_timesteps
-            self.run.set_budget(done + total_timesteps, begun=done > 0 or not self._fresh)
+            more, done = config.whole("total_timesteps", total_timesteps), self.num_timesteps
+            if more < 1:
+                raise UserError(f"total_timesteps {more} is no budget; it has to be 1 at least")
+            self.run.set_budget(done + more, begun=done > 0 or not self._fresh)
+        if total_timesteps is not None or not self._fresh:
             held = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
             self.room = room.check(self.run, self.folder, held=held)
         schedule.check(self.config, self.recipe.fits_model)
@@ -215,6 +219,9 @@ class Learner:
         self.run.write_facts(self.folder)
         self._fresh = False
         self.state = grown(self.state, self.run.capacity())
+        # Before the records, lest a kill between them leave checkpoints of a future that no record tells of.
+        checkpoint.forget_after(folders.checkpoints(self.folder), self.num_timesteps)
+        self._newest = folders.newest(self.folder)
         log.RunLog.truncate(self.folder, self.num_timesteps)
 
     def save(self, folder: Path | str) -> None:
@@ -270,7 +277,7 @@ class Learner:
             instance = host.make(built.env) if env is None else native.as_gymnasium(env)
             learner.run = Run(built, instance, eval_env=eval_env, given=env is not None, **functions)
         learner.folder, learner.quiet = folder, quiet
-        learner.room = room.check(learner.run, folder)
+        learner.room = ""  # is asked for where it is to be trained: a full disk can still be read
         learner._fresh, learner._broken_off, learner._policy = False, False, None
         learner._newest = folders.newest(folder)
         if which == 0:

@@ -129,8 +129,13 @@ def check(run: Run, folder: Path, seeds: int = 1, held: int = 0) -> str:
 def _saved_bytes(folder: Path) -> int:
     """What the checkpoints of a run, or of the seeds in a folder, take; what several share once."""
     places = chain.from_iterable(folder.glob(f"{run}checkpoints/**/*") for run in ("", "seed-*/"))
-    files = [path.stat() for path in places if path.is_file()]
-    return sum({(facts.st_dev, facts.st_ino): facts.st_size for facts in files}.values())
+    sizes: dict[tuple[int, int], int] = {}
+    with contextlib.suppress(OSError):  # a run that is being trained renames and removes them meanwhile
+        for path in places:
+            if path.is_file():
+                facts = path.stat()
+                sizes[facts.st_dev, facts.st_ino] = facts.st_size
+    return sum(sizes.values())
 
 
 def _parts(wants: Needed) -> str:

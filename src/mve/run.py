@@ -77,7 +77,9 @@ class Run:
             restarts=self.restarts,
         )
         self.spec: EnvSpec = self.env.spec
-        self.evaluation_envs = EvaluationEnvs(self._made, instance, eval_env, self.spec.obs_size)
+        self.evaluation_envs = EvaluationEnvs(
+            self._made, lambda: self.env.here or instance, eval_env, self.spec.obs_size
+        )
         functions = _sound({"reward": reward_fn, "termination": termination_fn}, self.spec, instance)
         config.check_actions(built, self.spec)
         self._asked = built
@@ -91,6 +93,10 @@ class Run:
             truncation_is_terminal=built.env.truncation_is_terminal,
             keeps_density=built.targets.reads_segments,
         )
+        if self.device is not None and eval_env is not None:
+            raise UserError(
+                f"{self.spec.name} is evaluated on the device, as it is trained; leave eval_env out"
+            )
         self.recipe = self._make_recipe()
         self.user_functions: list[str] = list(functions)
         self.folder = Path()
@@ -239,7 +245,8 @@ class Run:
         if self.device is not None:
             return Evaluation(*self.device.evaluate(policy, step, wanted, LONGEST_EPISODE))
         return evaluate(
-            self.evaluation_envs.side_by_side(wanted),
+            # In lots as large as those of training: the same numbers, and no thousand environments.
+            self.evaluation_envs.side_by_side(min(wanted, self.config.evaluate.episodes)),
             policy,
             self.action_space,
             longest=self.spec.max_episode_steps or LONGEST_EPISODE,

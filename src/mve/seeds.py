@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import Any
 import gymnasium as gym
 import jax
 
-from mve import checkpoint, folders, lock, room
+from mve import checkpoint, config, folders, lock, room
 from mve.envs import host
 from mve.envs.native import NativeTask
 from mve.learner import Learner, go_on
 from mve.program import devices_for
-from mve.types import UserError
+from mve.types import UserError, Whole
 
 
 def train_seeds(env: str | gym.Env | NativeTask, algo: str | None = None, **given: Any) -> list[Learner]:
@@ -34,7 +34,7 @@ def train_seeds(env: str | gym.Env | NativeTask, algo: str | None = None, **give
     return learn_together(create(env, algo, **given))
 
 
-def resume_seeds(run_dir: Path | str, total_timesteps: int | None = None, **given: Any) -> list[Learner]:
+def resume_seeds(run_dir: Path | str, total_timesteps: Whole | None = None, **given: Any) -> list[Learner]:
     """Go on with all runs of a folder of seeds, which have to stand at the same step."""
     return learn_together(load(run_dir, **given), total_timesteps)
 
@@ -43,7 +43,7 @@ def create(
     env: str | gym.Env | NativeTask,
     algo: str | None = None,
     *,
-    seeds: Sequence[int],
+    seeds: Iterable[Whole],
     run_dir: Path | str | None = None,
     **given: Any,
 ) -> list[Learner]:
@@ -52,7 +52,7 @@ def create(
     An environment instance is copied for each seed. The default folder is runs/ENV/ALGO/seeds-A-B, or
     seeds-A+B+C where the seeds do not follow one another. Nothing is written.
     """
-    seeds = list(seeds)
+    seeds = [config.whole("seed", seed) for seed in seeds]
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds {seeds}: at least one is needed, and each only once")
     first = Learner(_copied(env), algo, seed=seeds[0], **given)
@@ -72,9 +72,12 @@ def load(run_dir: Path | str, env: gym.Env | NativeTask | None = None, **given: 
     places = folders.seeds_of(Path(run_dir))
     if not places:
         raise UserError(f"{run_dir} is not a folder of seeds: it has no seed-*/config.json")
-    if absent := [path for path in Path(run_dir).glob("seed-*") if path.is_dir() and path not in places]:
-        names = ", ".join(sorted(path.name for path in absent))
-        raise UserError(f"{run_dir} was stopped before {names} had begun; remove it and train again")
+    if absent := folders.not_begun(Path(run_dir)):
+        names = ", ".join(path.name for path in absent)
+        raise UserError(
+            f"{run_dir} was stopped before {names} had begun; remove {names} to go on without, or all of "
+            f"{run_dir} to train them together"
+        )
     if any(folders.newest(folder) is None for folder in places):
         given = {**given, "which": 0}  # killed before all had their first checkpoint
     learners = [Learner.load(folder, _copied(env), **given) for folder in places]
@@ -100,7 +103,7 @@ def _beside(
     return Learner.load(folder, _copied(env), which=step, **given)
 
 
-def learn_together(learners: list[Learner], total_timesteps: int | None = None) -> list[Learner]:
+def learn_together(learners: list[Learner], total_timesteps: Whole | None = None) -> list[Learner]:
     """Train learners that differ in the seed only for so many more steps, or to the end of their budget."""
     folder = learners[0].folder.parent
     if len({(learner.num_timesteps, learner.progress.unfinished) for learner in learners}) > 1:

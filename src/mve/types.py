@@ -12,7 +12,17 @@ Actions are scaled to [-1, 1], and the choice among A discrete ones is a one-hot
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    SupportsFloat,
+    SupportsIndex,
+    TypeAlias,
+)
 
 import jax
 import numpy as np
@@ -160,5 +170,6 @@ if TYPE_CHECKING:  # their words are replaced by numbers before anything compute
 else:
     Discount = Unit | Literal["episode"]
     OwnCount = Count | Literal["auto"]
+Whole: TypeAlias = SupportsIndex | SupportsFloat  # an integer of any library, or 2e4
 Seconds = Annotated[float, Meta(gt=0, le=1e6)]
 Json: TypeAlias = dict[str, Any]

@@ -10,6 +10,7 @@ writer     the thread that writes while training goes on
 from mve.checkpoint.store import (
     KEPT,
     Which,
+    forget_after,
     latest,
     load_tensors,
     read_facts,
@@ -19,4 +20,15 @@ from mve.checkpoint.store import (
     write,
 )
 
-__all__ = ["KEPT", "Which", "latest", "load_tensors", "read_facts", "restore", "save", "steps", "write"]
+__all__ = [
+    "KEPT",
+    "Which",
+    "forget_after",
+    "latest",
+    "load_tensors",
+    "read_facts",
+    "restore",
+    "save",
+    "steps",
+    "write",
+]

@@ -278,8 +278,15 @@ def _check_memory(leaves: Iterable[Any], path: Path) -> None:
         )
 
 
+def forget_after(folder: Path, step: int) -> None:
+    """Discard the checkpoints of a future that the run goes back on."""
+    for path in manifest.checkpoints(folder):
+        if manifest.step_of(path) > step:
+            _discard(path)
+
+
 def _prune(newest: Path) -> None:
-    """Keep the newest two and the best. What is later is of a future that the run has gone back on."""
+    """Keep the newest two and the best, of those that are not later."""
     folder, found = newest.parent, manifest.checkpoints(newest.parent)
     whole = [
         p

@@ -108,11 +108,11 @@ class Compare:
         if unknown := set(self.only) - {curve.algo for curve in published}:
             known = ", ".join(dict.fromkeys(curve.algo for curve in published)) or "none"
             raise UserError(f"compare: --only {' '.join(sorted(unknown))} is not published there; {known} is")
-        tasks, own = {curve.env for curve in curves}, {curve.algo for curve in curves}
+        tasks, own = {curve.task for curve in curves}, {curve.algo for curve in curves}
         published = [
             c._replace(algo=f"{c.algo} (published)") if c.algo in own else c
             for c in published
-            if c.env in tasks and (not self.only or c.algo in self.only)
+            if c.task in tasks and (not self.only or c.algo in self.only)
         ]
         steps = self.at or compare.common_steps(curves)
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))

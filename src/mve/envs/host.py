@@ -116,7 +116,7 @@ def _check_spaces(env: gym.Env, name: str) -> tuple[Box, ActionSpace]:
     ):
         raise UserError(
             f"{name}: action space {one_line(action)} has unbounded or empty ranges; "
-            "give it finite limits (gymnasium.wrappers.RescaleAction or ClipAction)"
+            "give it finite low and high, and leave ClipAction out: no action is beyond them"
         )
     return obs, action
 
@@ -195,6 +195,11 @@ class HostEnv:
             known=self._of_agents_actions(known),
             discrete=isinstance(action_space, Discrete),
         )
+
+    @property
+    def here(self) -> gym.Env | None:
+        """The environment that is stepped, a new one after a fault, where that is in this process."""
+        return self._stepped.env if isinstance(self._stepped, Here) else None
 
     def _of_agents_actions(self, known: Known) -> Known:
         """The same functions for actions as the agent's: outside this folder there is no other kind."""

@@ -35,6 +35,7 @@ from jax import Array
 
 from mve.envs import host
 from mve.envs.known import below_harmless_wrappers, class_name, known_functions
+from mve.messages import what_failed
 from mve.types import Key, StepFn, UserError
 
 # One state is put into the environment; many are stepped at once: obs (n, S) and actions (n, A) in the
@@ -58,11 +59,16 @@ def simulator(env: gym.Env[Any, Any]) -> StepFn:
     state of `env` cannot be set, or if a few steps from states set anew are not those of an episode.
     """
     name, env = host.name_of(env), below_harmless_wrappers(env)
-    env.reset(seed=0)
-    if hasattr(env, "set_observation"):
-        step = _one_by_one(env, lambda env, obs: env.set_observation(obs))
-        _try(env, step, name)
-        return _as_step_fn(step, env)
+    try:
+        env.reset(seed=0)
+        if hasattr(env, "set_observation"):
+            step = _one_by_one(env, lambda env, obs: env.set_observation(obs))
+            _try(env, step, name)
+            return _as_step_fn(step, env)
+    except UserError:
+        raise
+    except Exception as error:  # of the user's own code
+        raise UserError(f"{name} cannot be an oracle: {what_failed(error)}") from error
     known_class = class_name(env)
     if known_class in _REFUSED:
         raise UserError(f"{name} cannot be an oracle: its observation leaves out {_REFUSED[known_class]}")
