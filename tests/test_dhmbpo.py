@@ -93,15 +93,17 @@ def test_every_layer_but_the_first_is_given_standardised_inputs() -> None:
 
 # --- Scaled values ---
 
+NONE = jnp.zeros(1)  # as of a replay in which nothing was paid
+
 
 def test_bounds_are_what_the_outer_percents_of_single_steps_would_come_to() -> None:
     """Gains -40, -39, .., 60 have quantiles -39 and 59; gamma = 1/2 doubles them; then a quarter of the way
     to the bounds of gains that are all 4: -78 + (8 + 78) / 4 and 118 + (8 - 118) / 4."""
     gains = jnp.arange(-40.0, 61.0)
-    first = ValueBounds.unknown().told(gains, 0.5, 0.25)
+    first = ValueBounds.unknown().told(gains, NONE, 0.5, 0.25)
     np.testing.assert_allclose([first.low, first.high], [-78, 118], rtol=1e-5)
     np.testing.assert_allclose(first.unscale(jnp.array([-1.0, 0.0, 1.0])), [-78, 20, 118], rtol=1e-5)
-    then = first.told(jnp.full((3, 5), 4.0), 0.5, 0.25)
+    then = first.told(jnp.full((3, 5), 4.0), NONE, 0.5, 0.25)
     np.testing.assert_allclose([then.low, then.high], [-56.5, 90.5], rtol=1e-5)
 
 
@@ -109,7 +111,7 @@ def test_bounds_are_what_the_outer_percents_of_single_steps_would_come_to() -> N
 def test_a_step_that_ends_an_episode_keeps_its_worth_where_every_step_is_paid(sign: float) -> None:
     """Steps that gain 4 are worth 400 if they go on for ever; one that falls over for 3 is worth 3. So it is
     where every step costs."""
-    agent = fresh("sac", value_bounds_rate=0.5).told(jnp.full(50, sign * 4.0), 0.99)
+    agent = fresh("sac", value_bounds_rate=0.5).told(jnp.full(50, sign * 4.0), NONE, 0.99)
     assert isinstance(agent, SAC)
     rows = some_targets()
     given = jnp.full_like(rows.value, sign * 250.0).at[0].set(sign * 3.0).at[1].set(sign * 500.0)
@@ -118,11 +120,32 @@ def test_a_step_that_ends_an_episode_keeps_its_worth_where_every_step_is_paid(si
     assert metrics["train/target_clipped"] == pytest.approx(1 / len(given))
 
 
+def test_what_is_paid_in_few_steps_stays_within_the_bounds() -> None:
+    """A goal that pays 100 in one of a thousand steps, each of which costs 0.1: outliers alone would have
+    -10 and 0. What was paid is kept in the replay."""
+    gains, paid = jnp.full(1000, -0.1).at[7].set(100.0), jnp.array([0.0, -0.1, 100.0])
+    bounds = ValueBounds.unknown().told(gains, NONE, 0.99, 0.01)
+    np.testing.assert_allclose([bounds.low, bounds.high], [-10, 0], rtol=1e-5)
+    for before in (bounds, ValueBounds.unknown()):
+        told = before.told(gains, paid, 0.99, 0.01)
+        np.testing.assert_allclose([told.low, told.high], [-10, 100], rtol=1e-5)
+
+    ours = mixed(0.4)
+    state = remembering(ours)
+    rows = state.replay.rows
+    state = replace(
+        state, replay=replace(state.replay, rows=rows._replace(reward=rows.reward.at[3].set(1e4)))
+    )
+    shared = experience.imagine_once(state, ours, jax.random.key(8))
+    agent: Any = train.told_gains(state, ours, shared.first, shared.later).agent
+    assert agent.inner.bounds.high == 1e4
+
+
 def test_critics_that_start_at_nought_say_the_centre_of_their_bounds() -> None:
     agent = fresh("sac", value_bounds_rate=0.5, output_gain=0.0)
     rows = some_targets()
     np.testing.assert_array_equal(agent.action_values(rows.obs, rows.action), 0.0)
-    told = agent.told(jnp.array([1.0, 1.0, 3.0]), 0.9)
+    told = agent.told(jnp.array([1.0, 1.0, 3.0]), NONE, 0.9)
     assert isinstance(told, SAC)
     assert told.bounds is not None
     centre = 0.5 * float(told.bounds.low + told.bounds.high)
@@ -149,12 +172,12 @@ def test_no_value_changes_by_its_bounds_alone_where_values_are_preserved() -> No
     agent = fresh("sac", value_bounds_rate=0.5, preserve_values=True)
     rows = some_targets()
     before = agent.action_values(rows.obs, rows.action), agent.target_action_value(rows.obs, rows.action)
-    first = agent.told(jnp.arange(101.0), 0.5)
+    first = agent.told(jnp.arange(101.0), NONE, 0.5)
     assert isinstance(agent, SAC)
     assert isinstance(first, SAC)
     inner = partial(action_values, obs=rows.obs, action=rows.action)
     np.testing.assert_allclose(inner(first.critic), (inner(agent.critic) - 99) / 99, rtol=1e-5)
-    for told in (first, first.told(jnp.full(4, -7.0), 0.5)):
+    for told in (first, first.told(jnp.full(4, -7.0), NONE, 0.5)):
         after = told.action_values(rows.obs, rows.action), told.target_action_value(rows.obs, rows.action)
         np.testing.assert_allclose(after, before, atol=1e-4)
 
@@ -174,7 +197,7 @@ def test_a_histogram_is_the_share_of_a_gaussian_in_every_bin_by_hand() -> None:
 def test_critics_may_learn_a_histogram_whose_mean_is_their_value() -> None:
     """Bounds -98..98 of gains in -1..1 at gamma 0.99: a target of 49 is an output of 0.5."""
     agent = fresh("sac", value_bounds_rate=0.5, value_bins=21, output_gain=0.0, critic_learning_rate=0.01)
-    agent = agent.told(jnp.linspace(-1, 1, 101), 0.99)
+    agent = agent.told(jnp.linspace(-1, 1, 101), NONE, 0.99)
     rows = some_targets()._replace(value=jnp.full(ROWS, 49.0))
     np.testing.assert_allclose(agent.action_values(rows.obs, rows.action), 0.0, atol=1e-4)
     update = jax.jit(lambda agent, key: agent.update(rows, rows.obs, the_value, key))
@@ -205,7 +228,7 @@ def test_histograms_that_cannot_be_are_refused(settings: dict[str, Any], message
 @pytest.mark.parametrize("margin", [0.0, 2.0])
 def test_targets_beyond_the_bounds_are_clipped_and_counted(margin: float) -> None:
     """Bounds of -0.98 and 0.98, half a distance of 0.98: with a margin of two, -2.94 and 2.94."""
-    agent = fresh("sac", value_bounds_rate=0.5, value_margin=margin).told(jnp.array([-1.0, 1.0]), 0.0)
+    agent = fresh("sac", value_bounds_rate=0.5, value_margin=margin).told(jnp.array([-1.0, 1.0]), NONE, 0.0)
     rows = some_targets()._replace(value=jnp.array([-9.0, 9.0, *np.linspace(-0.5, 0.5, ROWS - 2)]))
     within = rows._replace(value=jnp.clip(rows.value, -0.98 - margin * 0.98, 0.98 + margin * 0.98))
     after, metrics = agent.update(rows, rows.obs, the_value, jax.random.key(0))

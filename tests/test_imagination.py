@@ -180,6 +180,9 @@ def test_several_real_steps_ask_for_real_rows_and_for_nobody_else_who_sums_them(
     check("td3", "targets.n_step_within=4000")
     with pytest.raises(UserError, match="which is 1"):
         check("td3", "targets.n_step=1", "targets.n_step_within=4000")
+    check("td3", "targets.n_step_warmup=false")
+    with pytest.raises(UserError, match="which is 1"):
+        check("td3", "targets.n_step=1", "targets.n_step_warmup=false")
 
 
 def test_only_the_newest_rounds_are_sampled() -> None:

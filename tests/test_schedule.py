@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mve import schedule
-from mve.config import build
+from mve.config import Config, build
 from mve.run import Run
+from mve.types import UserError
 
 
 def test_refits_are_counted_from_when_the_agent_learns() -> None:
@@ -66,3 +67,24 @@ def test_a_run_is_saved_as_often_as_it_is_judged() -> None:
         assert schedule.with_budgets(of_budget, 200).train.checkpoint_interval == saves
     own = build("Pendulum-v1", "sac", ["train.checkpoint_interval=70"])
     assert schedule.with_budgets(own, 200).train.checkpoint_interval == 70
+
+
+@pytest.mark.parametrize(
+    ("algo", "settings", "message"),
+    [
+        ("mve-sac", ["dynamics.initial_fits=0", "dynamics.fits_per_step=0"], "without a fit"),
+        ("mve-sac", ["dynamics.initial_fits=0", "dynamics.fits_per_step=0.001"], "without a fit"),
+        ("mve-svg", ["imagination.real_share=0.001"], "of agent.batch_size = 256 rows is none"),
+        ("dhmbpo", ["targets.estimator=calibrated", "agent.model_steps=0"], "has by other critics"),
+        ("retrace-sac", ["agent.critics=5", "agent.target_critics=2"], "has by other critics"),
+    ],
+)
+def test_what_would_be_without_effect_or_meaning_is_refused(
+    algo: str, settings: list[str], message: str
+) -> None:
+    def built(*settings: str) -> Config:
+        return schedule.with_budgets(build("Hopper-v4", algo, [*settings, "train.total_steps=9000"]), 1000)
+
+    schedule.check(built(), fits_model=True)
+    with pytest.raises(UserError, match=message):
+        schedule.check(built(*settings), fits_model=True)

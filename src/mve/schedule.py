@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from mve.agents import AGENTS
 from mve.config import Config
-from mve.state import shares_rollout
+from mve.state import real_rows, shares_rollout
 from mve.types import UserError
 
 EPISODES_IN_BUDGET, BUDGET_WITHOUT_LIMIT = 25, 25_000
@@ -85,6 +85,18 @@ def check(config: Config, fits_model: bool) -> None:
             f"interval_steps), after train.learning_starts = {train.learning_starts}; "
             "set dynamics.initial_fits"
         )
+    if fits_model and not fits_due(config, int(train.learning_starts) + train.block_steps):
+        raise UserError(
+            f"dynamics.initial_fits = 0 and dynamics.fits_per_step = {dynamics.fits_per_step} leave the "
+            "model without a fit when the agent begins to learn from it; raise one of them"
+        )
+    imagination = config.imagination
+    by_row = imagination.starts and imagination.mixed_by == "row"
+    if by_row and imagination.real_share and not real_rows(config.agent, imagination):
+        raise UserError(
+            f"imagination.real_share = {imagination.real_share} of agent.batch_size = "
+            f"{config.agent.batch_size} rows is none; set it to 0, or raise one of them"
+        )
     if 0 < config.imagination.trust < 1:
         raise UserError(
             f"imagination.trust = {config.imagination.trust} would stop rollouts at their first step, and "
@@ -117,6 +129,11 @@ def _check_estimator(config: Config) -> None:
             f"targets.estimator = {targets.estimator} needs a policy with a density, and noise above 0: "
             f"{config.learner} as it is set has none, and would cut every trace; learners that have: {others}"
         )
+    if (targets.reads_segments or targets.calibrates) and config.agent.draws_critics:
+        raise UserError(
+            f"targets.estimator = {targets.estimator} compares values of states with those of actions, which "
+            "agent.target_critics has by other critics; set it to 0"
+        )
     if targets.reads_segments and config.imagination.starts:
         raise UserError(
             f"targets.estimator = {targets.estimator} reads what followed real transitions, and nothing "
@@ -128,6 +145,11 @@ def _check_estimator(config: Config) -> None:
         raise UserError(
             "targets.n_step_drawn draws from 1 to targets.n_step, which is 1; set targets.n_step (8, say) "
             "or targets.n_step_drawn=false"
+        )
+    elif not targets.n_step_warmup:
+        raise UserError(
+            "targets.n_step_warmup = false says of which rows no targets.n_step real steps are summed, which "
+            "is 1; set targets.n_step (8, say) or targets.n_step_warmup=true"
         )
     elif targets.n_step_within:
         raise UserError(

@@ -48,7 +48,7 @@ class Recipe:
     @property
     def real_rows(self) -> int:
         """Of a batch, where real and imagined rows share it."""
-        return round(self.imagination.real_share * self.agent.batch_size)
+        return real_rows(self.agent, self.imagination)
 
     @property
     def expanded_steps(self) -> int:
@@ -66,6 +66,11 @@ class Recipe:
     @property
     def fits_model(self) -> bool:
         return self.uses_model and self.simulator is None
+
+
+def real_rows(agent: AgentConfig, imagination: ImaginationConfig) -> int:
+    """Of a batch, where real and imagined rows share it."""
+    return round(imagination.real_share * agent.batch_size)
 
 
 def shares_rollout(agent: AgentConfig, targets: TargetsConfig, imagination: ImaginationConfig) -> bool:

@@ -139,7 +139,8 @@ def told_gains(state: TrainState, recipe: Recipe, batch: Transition, ahead: Imag
     if isinstance(ahead, Imagined) and ahead.reward.shape[0]:
         gain = jnp.expand_dims(ahead.bonus, 1) if recipe.targets.keeps_members else ahead.bonus
         gain = ahead.reward + jnp.broadcast_to(gain, ahead.reward.shape)
-    return replace(state, agent=state.agent.told(gain, recipe.targets.discount))
+    paid = state.replay.rows.reward  # 0 where no row is yet
+    return replace(state, agent=state.agent.told(gain, paid, recipe.targets.discount))
 
 
 def estimator_fns(state: TrainState, key: Key) -> EstimatorFns:

@@ -82,6 +82,11 @@ class AgentConfig:
         """Whether the agent wants to be told what single steps earn."""
         return False
 
+    @property
+    def draws_critics(self) -> bool:
+        """Whether values of states are by some of the critics, drawn anew, those of actions by all."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class ActorCriticConfig(AgentConfig):
@@ -175,9 +180,10 @@ class Agent(eqx.Module):
         del block, num_rows
         return self
 
-    def told(self, gain: Float[Array, " *steps"], discount: float) -> Agent:
-        """Knowing what some single steps earn, bonus of acting included; asked if `scales_values`."""
-        del gain, discount
+    def told(self, gain: Float[Array, " *steps"], paid: Float[Array, " *rows"], discount: float) -> Agent:
+        """Knowing what some single steps earn, bonus of acting included, and what was ever paid for one;
+        asked if `scales_values`."""
+        del gain, paid, discount
         return self
 
     def with_new_optimisers(self) -> Agent:

@@ -89,8 +89,8 @@ class NormalisedAgent(Agent):
     def observed(self, block: Transition, num_rows: Array) -> NormalisedAgent:
         return replace(self, view=self.view.observe(block.next_obs, num_rows))
 
-    def told(self, gain: Array, discount: float) -> NormalisedAgent:
-        return replace(self, inner=self.inner.told(gain, discount))
+    def told(self, gain: Array, paid: Array, discount: float) -> NormalisedAgent:
+        return replace(self, inner=self.inner.told(gain, paid, discount))
 
     def with_new_optimisers(self) -> NormalisedAgent:
         return replace(self, inner=self.inner.with_new_optimisers())

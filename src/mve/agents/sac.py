@@ -78,7 +78,8 @@ class SACConfig(ActorCriticConfig):
     imagined steps are taken."""
     value_bounds_rate: Unit = 0.0
     """Where above 0, values are scaled to bounds that move so far towards those of the newest batch at each
-    update (DHMBPO: 3e-4), and targets are clipped to them."""
+    update (DHMBPO: 3e-4), and targets are clipped to them; 0 and every reward that was ever paid are
+    within."""
     value_margin: NonNegative = 0.0
     """How far beyond those bounds targets may lie before they are clipped, in half distances of the bounds:
     these follow slowly where values rise fast."""
@@ -97,6 +98,10 @@ class SACConfig(ActorCriticConfig):
     @property
     def scales_values(self) -> bool:
         return self.value_bounds_rate > 0
+
+    @property
+    def draws_critics(self) -> bool:
+        return 0 < self.target_critics < self.critics
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,10 +197,10 @@ class SAC(Agent):
         value = self.bounds.unscale(values.expected(logits))
         return loss, {"train/critic_loss": loss, "train/q_mean": jnp.mean(value)}
 
-    def told(self, gain: Array, discount: float) -> SAC:
+    def told(self, gain: Array, paid: Array, discount: float) -> SAC:
         if self.bounds is None:
             return self
-        bounds = self.bounds.told(gain, discount, self.config.value_bounds_rate)
+        bounds = self.bounds.told(gain, paid, discount, self.config.value_bounds_rate)
         if not self.config.preserve_values:
             return replace(self, bounds=bounds)
         critic, target_critic = (

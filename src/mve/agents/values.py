@@ -22,8 +22,9 @@ class ValueBounds(eqx.Module):
     A policy that earned the same at every step would be worth r / (1 - gamma). The bounds are those of the
     1 % and the 99 % quantile of r - alpha log pi over the steps of a batch; those of the first batch as they
     are, later ones by an exponential average (Kubo et al. 2025, section 4 and code). Ours: 0 is within them
-    at all times, for that is what remains to be earned where an episode ends. Hopper is paid at every step:
-    without it a fall was worth what dozens of steps are.
+    at all times, for that is what remains to be earned where an episode ends (Hopper is paid at every step:
+    without it a fall was worth what dozens of steps are), and so is every reward that was ever paid, or one
+    that is paid in few steps, at a goal, would be cut off with the outliers.
     """
 
     low: Float[Array, ""]
@@ -34,13 +35,15 @@ class ValueBounds(eqx.Module):
     def unknown(cls) -> ValueBounds:
         return cls(low=jnp.float32(-1), high=jnp.float32(1), known=jnp.array(False))  # Q = net
 
-    def told(self, gain: Float[Array, " *steps"], discount: float, rate: float) -> ValueBounds:
-        """After a batch of steps that gained so much each."""
+    def told(
+        self, gain: Float[Array, " *steps"], paid: Float[Array, " *rows"], discount: float, rate: float
+    ) -> ValueBounds:
+        """After a batch of steps that gained so much each, of all that was ever `paid` for one, or 0."""
         share = jnp.where(self.known, rate, 1.0)
         low, high = jnp.quantile(gain, jnp.array([OUTLIERS, 1.0 - OUTLIERS])) / (1.0 - discount)
         return ValueBounds(
-            low=jnp.minimum(self.low + share * (low - self.low), 0.0),
-            high=jnp.maximum(self.high + share * (high - self.high), 0.0),
+            low=jnp.minimum(self.low + share * (low - self.low), jnp.min(paid, initial=0.0)),
+            high=jnp.maximum(self.high + share * (high - self.high), jnp.max(paid, initial=0.0)),
             known=jnp.array(True),
         )
 
