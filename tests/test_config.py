@@ -229,8 +229,8 @@ def test_a_bomb_of_a_value_is_refused_in_one_line_or_text(text: str) -> None:
 def test_a_newer_config_is_refused_and_an_older_one_migrates() -> None:
     data = to_json(build("Pendulum-v1"))
     assert data["format"] == config.FORMAT == max(config.MIGRATIONS) + 1
-    with pytest.raises(UserError, match=r"config: format 5, this mve reads 4; use the mve that wrote it"):
-        from_json({**data, "format": 5})
+    with pytest.raises(UserError, match=r"config: format 6, this mve reads 5; use the mve that wrote it"):
+        from_json({**data, "format": 6})
     for version in (0, True, "2", None, 1.0):
         with pytest.raises(UserError, match="is not a version"):
             from_json({**data, "format": version})
@@ -260,6 +260,15 @@ def test_a_run_from_before_limits_has_none(version: int, said: bool | None) -> N
     dynamics = data["dynamics"] | ({} if said is None else {"limits": said})
     assert from_json({**data, "format": version, "dynamics": dynamics}).dynamics.limits is bool(said)
     assert from_json({**data, "format": 4}).dynamics.limits
+
+
+@pytest.mark.parametrize(("version", "bins", "spare"), [(1, 101, 0), (4, 101, 0), (4, 0, 3), (5, 101, 3)])
+def test_a_histogram_from_before_spare_bins_ends_at_its_bounds(version: int, bins: int, spare: int) -> None:
+    data = to_json(build("Pendulum-v1", "mve-svg", [f"agent.value_bins={bins}"]))
+    del data["agent"]["spare_bins"]
+    built = from_json({**data, "format": version})
+    assert isinstance(built.agent, SACConfig)
+    assert built.agent.spare_bins == spare
 
 
 def test_migrations_are_applied_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,12 +186,30 @@ def test_a_histogram_is_the_share_of_a_gaussian_in_every_bin_by_hand() -> None:
     """Five bins of width 0.5, sigma 0.375: around 0 their edges are 2/3, 2 and 10/3 sigmas away, which leaves
     Phi(2/3) - Phi(-2/3) = 0.49501, Phi(2) - Phi(2/3) = 0.22974, Phi(10/3) - Phi(2) = 0.02232, of 0.99914."""
     shares = np.array([0.02232, 0.22974, 0.49501, 0.22974, 0.02232])
-    np.testing.assert_allclose(values.histogram(jnp.float32(0), 5), shares / 0.99914, atol=2e-5)
+    np.testing.assert_allclose(values.histogram(jnp.float32(0), 5, 0), shares / 0.99914, atol=2e-5)
     x = jnp.linspace(-0.9, 0.9, 19)
-    np.testing.assert_allclose(values.expected(jnp.log(values.histogram(x, 101))), x, atol=1e-5)
-    np.testing.assert_allclose(values.expected(jnp.log(jnp.array([0.1, 0.2, 0.7]))), 0.6, rtol=1e-5)
+    np.testing.assert_allclose(values.expected(jnp.log(values.histogram(x, 101, 0)), 0), x, atol=1e-5)
+    np.testing.assert_allclose(values.expected(jnp.log(jnp.array([0.1, 0.2, 0.7])), 0), 0.6, rtol=1e-5)
     logits = jnp.zeros((2, 5))
-    np.testing.assert_allclose(values.cross_entropy(logits, jnp.array([0.0, 0.7])), np.log(5), rtol=1e-5)
+    np.testing.assert_allclose(values.cross_entropy(logits, jnp.array([0.0, 0.7]), 0), np.log(5), rtol=1e-5)
+
+
+def test_a_target_on_a_bound_is_not_drawn_inside_by_bootstraps() -> None:
+    """V = E[histogram of g V], which is 0 where the histogram goes on beyond the bound that 0 lies on."""
+
+    def settled(spare: int, low: float = 0.0, high: float = 600.0) -> float:
+        def again(_: int, value: jax.Array) -> jax.Array:
+            x = 2 * (0.995**3 * value - low) / (high - low) - 1
+            mean = values.expected(jnp.log(values.histogram(x, 101, spare)), spare)
+            return low + 0.5 * (mean + 1) * (high - low)
+
+        value = jax.lax.fori_loop(0, 2000, again, jnp.float32(low))
+        return float(value) / ((high - low) / 2 * values.bin_width(101, spare))
+
+    assert settled(0) == pytest.approx(1.31, abs=0.02)  # bins
+    assert abs(settled(3)) < 0.01
+    ends = jnp.array([-1.0, 1.0])
+    np.testing.assert_allclose(values.expected(jnp.log(values.histogram(ends, 101, 3)), 3), ends, atol=1e-5)
 
 
 def test_critics_may_learn_a_histogram_whose_mean_is_their_value() -> None:
@@ -214,7 +232,7 @@ def test_critics_may_learn_a_histogram_whose_mean_is_their_value() -> None:
     [
         ({"value_bins": 101}, "there are none; .* or agent.value_bins=0$"),
         ({"preserve_values": True}, "there are none; .* or agent.preserve_values=false$"),
-        ({"value_bins": 2, "value_bounds_rate": 0.1}, "next to nothing"),
+        ({"value_bins": 8, "value_bounds_rate": 0.1}, "next to nothing"),
         ({"value_bins": 101, "value_bounds_rate": 0.1, "preserve_values": True}, "moves with its bounds"),
         ({"value_bins": 101, "value_bounds_rate": 0.1, "value_margin": 1.0}, "ends where its bounds are"),
         ({"value_margin": 1.0}, "there are none"),

@@ -29,7 +29,7 @@ from mve.types import Count, Json, NonNegative, OwnCount, Positive, UserError, W
 
 LONGEST_SHOWN = 100  # characters of a value in a message
 SHOWN_BY = "; `mve settings` shows them all"
-FORMAT = 4  # of config.json; files that do not say are of format 1
+FORMAT = 5  # of config.json; files that do not say are of format 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,12 +219,21 @@ def _before_limits(data: Json) -> Json:
     return data | {"dynamics": {"limits": False} | settings} if isinstance(settings, dict) else data
 
 
+def _before_spare_bins(data: Json) -> Json:
+    """Histograms ended at the bounds of values."""
+    settings = data.get("agent")
+    if not isinstance(settings, dict) or not settings.get("value_bins"):
+        return data
+    return data | {"agent": {"spare_bins": 0} | settings}
+
+
 # From the version that is the key to the next. Settings that are new need no migration where their default
 # is what was done before.
 MIGRATIONS: dict[int, Callable[[Json], Json]] = {
     1: _before_overlap,
     2: _before_average_share,
     3: _before_limits,
+    4: _before_spare_bins,
 }
 
 

@@ -86,6 +86,9 @@ class SACConfig(ActorCriticConfig):
     value_bins: Count = 0
     """Bins of a histogram over the bounds that critics learn by cross-entropy, their values being its mean
     (HL-Gauss: Farebrother et al. 2024, arXiv 2403.03950, who have 101); 0: values by squared error."""
+    spare_bins: Count = 3
+    """Of those bins, how many lie beyond either bound (ours). Without them a target on a bound is learned
+    0.37 bins inside it, and more than one bin once it has been bootstrapped from."""
     preserve_values: bool = False
     """Whether the critics' last layers make up for what the bounds have moved, so that no value changes by
     that alone (PopArt, van Hasselt et al. 2016, arXiv 1602.07714, section 2.1). Otherwise all values grow
@@ -117,8 +120,11 @@ class SACConfig(ActorCriticConfig):
                     f"agent.{name} = {getattr(self, name)} {does}, and there are none; "
                     f"set agent.value_bounds_rate, 3e-4 is usual, or agent.{name}={without}"
                 )
-        if self.value_bins in (1, 2):
-            raise UserError(f"agent.value_bins = {self.value_bins} says next to nothing; 101 is usual")
+        if 0 < self.value_bins < 3 + 2 * self.spare_bins:
+            raise UserError(
+                f"agent.value_bins = {self.value_bins} says next to nothing, {self.spare_bins} of them "
+                "beyond either bound (agent.spare_bins); 101 is usual"
+            )
         if self.value_bins and self.preserve_values:
             raise UserError(
                 "a histogram moves with its bounds; set agent.preserve_values=false or agent.value_bins=0"
@@ -182,7 +188,7 @@ class SAC(Agent):
 
     def _values(self, critic: MLP, obs: Array, action: Array) -> Array:
         outputs = critic_outputs(critic, obs, action)
-        net = values.expected(outputs) if self.config.value_bins else outputs[..., 0]
+        net = values.expected(outputs, self.config.spare_bins) if self.config.value_bins else outputs[..., 0]
         return net if self.bounds is None else self.bounds.unscale(net)
 
     def _critic_loss(self, critic: MLP, targets: CriticTargets) -> tuple[Array, Metrics]:
@@ -193,8 +199,8 @@ class SAC(Agent):
         logits = critic_outputs(critic, targets.obs, targets.action)
         wanted = jnp.broadcast_to(self.bounds.scale(targets.value), logits.shape[:-1])
         weight = jnp.broadcast_to(targets.weight, wanted.shape)
-        loss = jnp.sum(weight * values.cross_entropy(logits, wanted))
-        value = self.bounds.unscale(values.expected(logits))
+        loss = jnp.sum(weight * values.cross_entropy(logits, wanted, self.config.spare_bins))
+        value = self.bounds.unscale(values.expected(logits, self.config.spare_bins))
         return loss, {"train/critic_loss": loss, "train/q_mean": jnp.mean(value)}
 
     def told(self, gain: Array, paid: Array, discount: float) -> SAC:

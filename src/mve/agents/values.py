@@ -75,28 +75,38 @@ class ValueBounds(eqx.Module):
         return eqx.tree_at(last, critic, (factor * weight, factor * bias + shift))
 
 
-# A histogram over the bounds: bins with centres -1, .., 1 in the units of a net's output.
+# A histogram over the bounds: K bins with equally spaced centres in the units of a net's output, `spare` of
+# them beyond -1 and as many beyond 1.
 
 
-def expected(logits: Float[Array, " *batch K"]) -> Float[Array, " *batch"]:
-    """The mean of the histogram, in [-1, 1]."""
-    centres = jnp.linspace(-1.0, 1.0, logits.shape[-1])
+def bin_width(bins: int, spare: int) -> float:
+    """Of each bin; the bounds are two apart."""
+    return 2.0 / (bins - 1 - 2 * spare)
+
+
+def expected(logits: Float[Array, " *batch K"], spare: int) -> Float[Array, " *batch"]:
+    """The mean of the histogram."""
+    bins = logits.shape[-1]
+    end = 1.0 + spare * bin_width(bins, spare)
+    centres = jnp.linspace(-end, end, bins)
     return jnp.sum(jax.nn.softmax(logits) * jnp.broadcast_to(centres, logits.shape), axis=-1)
 
 
-def histogram(x: Float[Array, " *batch"], bins: int) -> Float[Array, " *batch K"]:
+def histogram(x: Float[Array, " *batch"], bins: int, spare: int) -> Float[Array, " *batch K"]:
     """The share of every bin in N(x, sigma^2), cut off beyond the outermost, sigma being 0.75 bins.
 
     HL-Gauss (Imani and White 2018; Farebrother et al. 2024, arXiv 2403.03950, section 3.1). Cut off, the
     mean is not x within three bins of the ends; elsewhere it is, but for a hundred thousandth of a bin.
     """
-    width = 2.0 / (bins - 1)
-    edges = jnp.linspace(-1.0 - width / 2, 1.0 + width / 2, bins + 1)
-    edges = jnp.broadcast_to(edges, (*x.shape, bins + 1))
+    width = bin_width(bins, spare)
+    end = 1.0 + (spare + 0.5) * width
+    edges = jnp.broadcast_to(jnp.linspace(-end, end, bins + 1), (*x.shape, bins + 1))
     below = jax.scipy.special.ndtr((edges - x[..., None]) / (SMOOTHING * width))
     return jnp.diff(below, axis=-1) / (below[..., -1:] - below[..., :1])
 
 
-def cross_entropy(logits: Float[Array, " *batch K"], x: Float[Array, " *batch"]) -> Float[Array, " *batch"]:
+def cross_entropy(
+    logits: Float[Array, " *batch K"], x: Float[Array, " *batch"], spare: int
+) -> Float[Array, " *batch"]:
     """Of the histogram that stands for x, in a critic's."""
-    return -jnp.sum(histogram(x, logits.shape[-1]) * jax.nn.log_softmax(logits), axis=-1)
+    return -jnp.sum(histogram(x, logits.shape[-1], spare) * jax.nn.log_softmax(logits), axis=-1)
