@@ -210,7 +210,8 @@ def test_wrappers_that_gather_are_neither_made_anew_nor_evaluated_in_another_pro
     try:
         run = Learner("Gathering-v0", "sac", settings=SAC, run_dir=tmp_path / "run", quiet=True)
         with pytest.raises(UserError, match="give another as eval_env"):
-            run.run.evaluation_envs.another()
+            run.learn(120)
+        assert run.num_timesteps == 0
         apart = Learner("Gathering-v0", "sac", settings=[*SAC, "env.own_process=true"], quiet=True)
         with pytest.raises(UserError, match="NormalizeObservation, whose statistics evaluation in another"):
             apart.learn(120)

@@ -68,13 +68,16 @@ class EvaluationEnvs:
 
     def check(self) -> None:
         """UserError where there is none to evaluate in: before the first step, not after a thousand."""
-        if not self._made.id:
-            self.another()
-        elif self._made.is_apart and (layer := self.gathering) is not None:
+        if self._given is not None:
+            return
+        layer = self.gathering
+        if self._made.is_apart and layer is not None:
             raise UserError(
                 f"{self._made.id} has {type(layer).__name__}, whose statistics evaluation in another process "
                 "would not have; set env.own_process=false and no env.timeout"
             )
+        if not self._made.id or layer is not None:
+            self.another()
 
     def close(self) -> None:
         """Give them up, and the process that one may be in; one that was given stays open."""
