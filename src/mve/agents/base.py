@@ -181,8 +181,8 @@ class Agent(eqx.Module):
         return self
 
     def told(self, gain: Float[Array, " *steps"], paid: Float[Array, " *rows"], discount: float) -> Agent:
-        """Knowing what some single steps earn, bonus of acting included, and what was ever paid for one;
-        asked if `scales_values`."""
+        """Knowing what some single steps earn, bonus of acting included, and what real ones were paid; asked
+        if `scales_values`."""
         del gain, paid, discount
         return self
 

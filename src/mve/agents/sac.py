@@ -78,8 +78,7 @@ class SACConfig(ActorCriticConfig):
     imagined steps are taken."""
     value_bounds_rate: Unit = 0.0
     """Where above 0, values are scaled to bounds that move so far towards those of the newest batch at each
-    update (DHMBPO: 3e-4), and targets are clipped to them; 0 and every reward that was ever paid are
-    within."""
+    update (DHMBPO: 3e-4), and targets are clipped to them; 0 and every reward in the replay are within."""
     value_margin: NonNegative = 0.0
     """How far beyond those bounds targets may lie before they are clipped, in half distances of the bounds:
     these follow slowly where values rise fast."""

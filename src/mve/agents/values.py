@@ -23,8 +23,8 @@ class ValueBounds(eqx.Module):
     1 % and the 99 % quantile of r - alpha log pi over the steps of a batch; those of the first batch as they
     are, later ones by an exponential average (Kubo et al. 2025, section 4 and code). Ours: 0 is within them
     at all times, for that is what remains to be earned where an episode ends (Hopper is paid at every step:
-    without it a fall was worth what dozens of steps are), and so is every reward that was ever paid, or one
-    that is paid in few steps, at a goal, would be cut off with the outliers.
+    without it a fall was worth what dozens of steps are), and so is every reward in the replay, or one that
+    is paid in few steps, at a goal, would be cut off with the outliers.
     """
 
     low: Float[Array, ""]
@@ -38,7 +38,7 @@ class ValueBounds(eqx.Module):
     def told(
         self, gain: Float[Array, " *steps"], paid: Float[Array, " *rows"], discount: float, rate: float
     ) -> ValueBounds:
-        """After a batch of steps that gained so much each, of all that was ever `paid` for one, or 0."""
+        """After a batch of steps that gained so much each; `paid` are the rewards in the replay, or 0."""
         share = jnp.where(self.known, rate, 1.0)
         low, high = jnp.quantile(gain, jnp.array([OUTLIERS, 1.0 - OUTLIERS])) / (1.0 - discount)
         return ValueBounds(
