@@ -59,55 +59,56 @@ LOOSE = (
     "dynamics.bootstrap=true",
 )
 LARGE_MINIBATCHES = ("dynamics.batch_size=256", "dynamics.learning_rate=0.001")
-RECENT_SUMS = ("targets.n_step_within=4000", "targets.n_step_warmup=false")
-# To begin with: as many as where ends are known.
-MORE_UPDATES = ("dynamics.termination=learned", "train.initial_updates=5000")
-HISTOGRAMS = ("agent.value_bins=101", "targets.n_step_warmup=false")
-WIDE_BOUNDS = ("agent.value_margin=1",)
-# As the flagship was before, one upon the other; actors were averaged over some 200 updates then, or none.
-ONE_REAL_STEP = ("agent.actor_rate_falls_after=0", *NO_SUMS)
+BOLD_ACTOR = ("agent.actor_value=mean",)
+# As the flagship was before, one upon the other; the oldest averaged actors over some 200 updates, or never.
+MEANS = (*BOLD_ACTOR, "agent.value_bins=0", "targets.n_step_warmup=true")
+ONE_REAL_STEP = (*MEANS, "agent.actor_rate_falls_after=0", *NO_SUMS)
 LOOSE_MODEL = (*ONE_REAL_STEP, *LOOSE)
 FEWER_FITS = (*LOOSE_MODEL, "dynamics.fits_per_refit=60", *LARGE_MINIBATCHES)
 BEFORE = (*FEWER_FITS, "dynamics.stay_in_data=false", "agent.average_share=0")
+# What was changed of the flagship when its critics learned means.
+RECENT_SUMS = (*BOLD_ACTOR, "agent.value_bins=0", "targets.n_step_within=4000")
+CALIBRATED = (*MEANS, "targets.estimator=calibrated", "targets.horizon_steps=3")
+LEARNED_ENDS = (*MEANS, "dynamics.termination=learned")
+# To begin with: as many as where ends are known.
+MORE_UPDATES = (*LEARNED_ENDS, "train.initial_updates=5000")
 VARIANTS = {
     FLAGSHIP: Variant("mve-svg"),
-    "steady-rate": Variant("mve-svg", ("agent.actor_rate_falls_after=0",)),
-    "falling-rate": Variant("mve-svg", NO_SUMS),
-    "three-real-steps": Variant("mve-svg", ("targets.n_step=3", "targets.n_step_drawn=false")),
-    "eight-real-steps": Variant("mve-svg", ("targets.n_step_drawn=false",)),
-    "no-warm-up-sums": Variant("mve-svg", ("targets.n_step_warmup=false",)),
+    "bold-actor": Variant("mve-svg", BOLD_ACTOR),
+    "histogram-critics": Variant("mve-svg", (*BOLD_ACTOR, "targets.n_step_warmup=true")),
+    "no-warm-up-sums": Variant("mve-svg", (*BOLD_ACTOR, "agent.value_bins=0")),
+    "means": Variant("mve-svg", MEANS),
+    "steady-rate": Variant("mve-svg", (*MEANS, "agent.actor_rate_falls_after=0")),
+    "falling-rate": Variant("mve-svg", (*MEANS, *NO_SUMS)),
+    "three-real-steps": Variant("mve-svg", (*MEANS, "targets.n_step=3", "targets.n_step_drawn=false")),
+    "eight-real-steps": Variant("mve-svg", (*MEANS, "targets.n_step_drawn=false")),
     "recent-sums": Variant("mve-svg", RECENT_SUMS),
-    "wide-bounds": Variant("mve-svg", WIDE_BOUNDS),
-    "recent-sums-wide-bounds": Variant("mve-svg", (*RECENT_SUMS, *WIDE_BOUNDS)),
+    "wide-bounds": Variant("mve-svg", (*MEANS, "agent.value_margin=1")),
+    "recent-sums-wide-bounds": Variant("mve-svg", (*RECENT_SUMS, "agent.value_margin=1")),
     "one-real-step": Variant("mve-svg", ONE_REAL_STEP),
     "loose-model": Variant("mve-svg", LOOSE_MODEL),
     "fewer-fits": Variant("mve-svg", FEWER_FITS),
     "model-unbounded": Variant("mve-svg", BEFORE),
     "gamma-0.99": Variant("mve-svg", (*BEFORE, "targets.discount=0.99")),
     # one_step in other words: its runs were made before the flagship took that.
-    "no-expansion": Variant("mve-svg", ("targets.estimator=lambda", "targets.trace_decay=0")),
-    "calibrated": Variant("mve-svg", ("targets.estimator=calibrated", "targets.horizon_steps=3")),
-    "calibrated-pairs": Variant(
-        "mve-svg", ("targets.estimator=calibrated", "targets.horizon_steps=3", "targets.members=2")
-    ),
-    "no-value-gradients": Variant("mve-svg", ("agent.model_steps=0",)),
-    "no-real-rows": Variant("mve-svg", ("imagination.real_share=0", *NO_SUMS)),
-    "slow-targets": Variant("mve-svg", ("agent.target_rate=0.005",)),
-    "uniform-replay": Variant("mve-svg", ("replay.recency=1",)),
-    "five-members": Variant("mve-svg", ("dynamics.members=5",)),
-    "five-steps": Variant("mve-svg", ("agent.model_steps=5", "targets.horizon_steps=4")),
-    "short-branches": Variant("mve-svg", ("imagination.length=[5,5]",)),
-    "preserved-values": Variant("mve-svg", ("agent.preserve_values=true",)),
-    "histogram-critics": Variant("mve-svg", ("agent.value_bins=101",)),
-    "histograms-no-warm-up-sums": Variant("mve-svg", HISTOGRAMS),
-    "histograms-cautious-actor": Variant("mve-svg", (*HISTOGRAMS, "agent.actor_value=least")),
-    "two-updates": Variant("mve-svg", ("train.updates_per_step=2",)),
-    "trusted-branches": Variant("mve-svg", ("imagination.trust=2",)),
-    "learned-termination": Variant("mve-svg", ("dynamics.termination=learned",)),
+    "no-expansion": Variant("mve-svg", (*MEANS, "targets.estimator=lambda", "targets.trace_decay=0")),
+    "calibrated": Variant("mve-svg", CALIBRATED),
+    "calibrated-pairs": Variant("mve-svg", (*CALIBRATED, "targets.members=2")),
+    "no-value-gradients": Variant("mve-svg", (*MEANS, "agent.model_steps=0")),
+    "no-real-rows": Variant("mve-svg", (*MEANS, "imagination.real_share=0", *NO_SUMS)),
+    "slow-targets": Variant("mve-svg", (*MEANS, "agent.target_rate=0.005")),
+    "uniform-replay": Variant("mve-svg", (*MEANS, "replay.recency=1")),
+    "five-members": Variant("mve-svg", (*MEANS, "dynamics.members=5")),
+    "five-steps": Variant("mve-svg", (*MEANS, "agent.model_steps=5", "targets.horizon_steps=4")),
+    "short-branches": Variant("mve-svg", (*MEANS, "imagination.length=[5,5]")),
+    "preserved-values": Variant("mve-svg", (*MEANS, "agent.preserve_values=true")),
+    "trusted-branches": Variant("mve-svg", (*MEANS, "imagination.trust=2")),
+    "learned-termination": Variant("mve-svg", LEARNED_ENDS),
     "learned-termination-more-updates": Variant("mve-svg", MORE_UPDATES),
     "termination-net": Variant("mve-svg", (*MORE_UPDATES, "dynamics.limits=false")),
-    "honest-noise": Variant("mve-svg", ("dynamics.bootstrap=true", "dynamics.noise_rows=unseen")),
+    "honest-noise": Variant("mve-svg", (*MEANS, "dynamics.bootstrap=true", "dynamics.noise_rows=unseen")),
     "resets": Variant("mve-svg", ("agent.reset_optimisers=true",)),
+    "two-updates": Variant("mve-svg", ("train.updates_per_step=2",)),
     "mve-sac": Variant("mve-sac"),
     "dhmbpo": Variant("dhmbpo"),
     # As the preset was before its model's fit was the flagship's.
@@ -295,23 +296,23 @@ def ablations(curves: Sequence[Curve], step: int) -> tuple[tuple[str, ...], list
     }
     run = {algo for _, algo in cells}
     rows: list[tuple[str, ...]] = []
-    above = VARIANTS[FLAGSHIP]
     for name, variant in VARIANTS.items():
         if name == FLAGSHIP or (variant.settings and name in run):
-            rows.append((name, changes(variant, above), *(cells.get((task, name), "") for task in tasks)))
-            above = variant
+            rows.append((name, changes(name), *(cells.get((task, name), "") for task in tasks)))
     return (f"at {step}", "changed", *(f"{task}: IQM [95 %]: every seed" for task in tasks)), rows
 
 
-def changes(variant: Variant, above: Variant) -> str:
-    """The settings in words, those of the row above in short where they are among them, and the preset where
-    it is not the flagship's."""
-    (algo, settings), count = variant, len(above.settings)
+def changes(name: str) -> str:
+    """What a variant changes, in words: its settings beyond those of the variant that has most of them, which
+    is named where it is not the flagship."""
+    algo, settings = VARIANTS[name]
     if not settings:
         return "nothing"
-    if count and algo == above.algo and settings[:count] == above.settings:
-        return " ".join(("that above, and", *settings[count:]))
-    return " ".join(settings if algo == VARIANTS[FLAGSHIP].algo else (f"{algo}, and", *settings))
+    base, count = FLAGSHIP if algo == VARIANTS[FLAGSHIP].algo else algo, 0
+    for other, (theirs, begun) in VARIANTS.items():
+        if theirs == algo and count < len(begun) < len(settings) and settings[: len(begun)] == begun:
+            base, count = other, len(begun)
+    return " ".join([*([] if base == FLAGSHIP else [f"{base}, and"]), *settings[count:]])
 
 
 TIMES = ("task", "algorithm", "runs", "steps", "minutes a run", "ms a step", "device")

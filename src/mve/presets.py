@@ -344,9 +344,11 @@ PRESETS: dict[str, Preset] = {
     # its critic knew a way to its feet that there was not. The model's fit is that of `dhmbpo` above: held
     # back, it errs less on the steps to come, and believes in noise that is nearer to its errors. A real row
     # sums up to eight real steps before it imagines, how many being drawn: falls come back to what led to
-    # them in few updates, where the model, which seldom falls, hid them from the critic. What is evaluated is
-    # an average over the last twentieth of the updates, and the actor's rate falls: from one to the next, a
-    # gait as sharp as these trips or does not.
+    # them in few updates, where the model, which seldom falls, hid them from the critic. Random steps are not
+    # summed, for no policy acts like that, and critics learn a histogram of values: either alone does little,
+    # both together are thousands of steps sooner. From one update to the next, gaits as sharp trip or do not,
+    # hence an actor that raises the least of both critics, a rate of it that falls, and an average over the
+    # last twentieth of the updates for what is evaluated.
     "mve-svg": Preset(
         "MVE for the critic, value gradients for the actor, of the same three imagined steps: the default",
         "ours, after Feinberg et al. 2018, arXiv 1803.00101; Kubo et al. 2025, TMLR",
@@ -357,8 +359,11 @@ PRESETS: dict[str, Preset] = {
             "agent.target_rate": 0.02,
             "agent.actor_rate_falls_after": 10_000,
             "agent.average_share": 0.05,
+            "agent.actor_value": "least",
+            "agent.value_bins": 101,
             "targets.n_step": 8,
             "targets.n_step_drawn": True,
+            "targets.n_step_warmup": False,
             "imagination.real_share": 0.5,
             "replay.recency": 2.0,
             "dynamics.reward": "auto",
