@@ -321,10 +321,10 @@ def test_an_evidence_run_is_started_gone_on_with_or_left_alone(
 
 def test_an_ablation_that_stops_early_begins_as_the_flagship_does(bench: Loaded, tmp_path: Path) -> None:
     efficiency = bench["efficiency"]
-    job = efficiency.Job("Pendulum-v1", "uniform-replay", (3,))
+    job = efficiency.Job("Pendulum-v1", "two-updates", (3,))
     asked = efficiency.command(job, tmp_path, 600, learning_starts=500)
     begun = [f"{name}=500" for name in efficiency.STARTS]
-    assert asked[asked.index("--set") + 1 :] == [*efficiency.EVALUATIONS, *begun, "replay.recency=1"]
+    assert asked[asked.index("--set") + 1 :] == [*efficiency.EVALUATIONS, *begun, "train.updates_per_step=2"]
     assert efficiency.STARTS[0] + "=500" not in efficiency.command(job, tmp_path, 600)
     rival = efficiency.Job("Pendulum-v1", "dhmbpo", (3,))  # has its own
     assert efficiency.command(rival, tmp_path, 600, 500) == efficiency.command(rival, tmp_path, 600)

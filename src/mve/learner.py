@@ -200,9 +200,10 @@ class Learner:
             raise UserError(self._gone)
         if total_timesteps is not None:
             more, done = config.whole("total_timesteps", total_timesteps), self.num_timesteps
-            if more < 1:
+            begun = done > 0 or not self._fresh
+            if more < (0 if begun else 1):  # 0: no step more than what learning was broken off in
                 raise UserError(f"total_timesteps {more} is no budget; it has to be 1 at least")
-            self.run.set_budget(done + more, begun=done > 0 or not self._fresh)
+            self.run.set_budget(done + more, begun=begun)
         if total_timesteps is not None or not self._fresh:
             held = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
             self.room = room.check(self.run, self.folder, held=held)
