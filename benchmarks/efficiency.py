@@ -61,13 +61,14 @@ LOOSE = (
 LARGE_MINIBATCHES = ("dynamics.batch_size=256", "dynamics.learning_rate=0.001")
 BOLD_ACTOR = ("agent.actor_value=mean",)
 # As the flagship was before, one upon the other; the oldest averaged actors over some 200 updates, or never.
-MEANS = (*BOLD_ACTOR, "agent.value_bins=0", "targets.n_step_warmup=true")
+MEAN_CRITICS = (*BOLD_ACTOR, "agent.value_bins=0")
+MEANS = (*MEAN_CRITICS, "targets.n_step_warmup=true")
 ONE_REAL_STEP = (*MEANS, "agent.actor_rate_falls_after=0", *NO_SUMS)
 LOOSE_MODEL = (*ONE_REAL_STEP, *LOOSE)
 FEWER_FITS = (*LOOSE_MODEL, "dynamics.fits_per_refit=60", *LARGE_MINIBATCHES)
 BEFORE = (*FEWER_FITS, "dynamics.stay_in_data=false", "agent.average_share=0")
 # What was changed of the flagship when its critics learned means.
-RECENT_SUMS = (*BOLD_ACTOR, "agent.value_bins=0", "targets.n_step_within=4000")
+RECENT_SUMS = (*MEAN_CRITICS, "targets.n_step_within=4000")
 CALIBRATED = (*MEANS, "targets.estimator=calibrated", "targets.horizon_steps=3")
 LEARNED_ENDS = (*MEANS, "dynamics.termination=learned")
 # To begin with: as many as where ends are known.
@@ -76,7 +77,7 @@ VARIANTS = {
     FLAGSHIP: Variant("mve-svg"),
     "bold-actor": Variant("mve-svg", BOLD_ACTOR),
     "histogram-critics": Variant("mve-svg", (*BOLD_ACTOR, "targets.n_step_warmup=true")),
-    "no-warm-up-sums": Variant("mve-svg", (*BOLD_ACTOR, "agent.value_bins=0")),
+    "no-warm-up-sums": Variant("mve-svg", MEAN_CRITICS),
     "means": Variant("mve-svg", MEANS),
     "steady-rate": Variant("mve-svg", (*MEANS, "agent.actor_rate_falls_after=0")),
     "falling-rate": Variant("mve-svg", (*MEANS, *NO_SUMS)),

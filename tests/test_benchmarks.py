@@ -406,6 +406,15 @@ def test_evidence_is_told_beside_what_was_published(
         "| few | small, and agent.batch_size=8 | 4: 4 |",
         "| td3-small | td3, and agent.hidden=[8] | 3: 3 |",
     ]
+    # What a variant goes on from is of the same preset, if there is one.
+    with monkeypatch.context() as other:
+        td3_further = efficiency.Variant("td3", further.settings)
+        other.setattr(efficiency, "VARIANTS", {**variants, "td3-few": td3_further})
+        assert efficiency.changes("td3-few") == "td3-small, and agent.batch_size=8"
+        other.delitem(efficiency.VARIANTS, "td3-small")
+        assert efficiency.changes("td3-few") == "td3, and agent.hidden=[8] agent.batch_size=8"
+        other.delitem(efficiency.VARIANTS, "small")
+        assert efficiency.changes("few") == "agent.hidden=[8] agent.batch_size=8"
     assert "old" not in page.read_text()
     assert rows[3] in page.read_text()
     assert (tmp_path / "all.csv").read_text().splitlines()[1] == "gym,Task-v1,flagship,0,100,10.00,mve:1"

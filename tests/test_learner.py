@@ -203,9 +203,7 @@ def test_so_it_does_where_the_environment_is_made_by_id(tmp_path: Path) -> None:
         gym.registry.pop("Gathering-v0")
 
 
-def test_wrappers_that_gather_are_neither_made_anew_nor_evaluated_in_another_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrappers_that_gather_are_neither_made_anew_nor_evaluated_in_another_process(tmp_path: Path) -> None:
     gym.register("Gathering-v0", entry_point=lambda: NormalizeObservation(Held()))  # type: ignore
     try:
         run = Learner("Gathering-v0", "sac", settings=SAC, run_dir=tmp_path / "run", quiet=True)

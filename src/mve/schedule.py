@@ -11,12 +11,18 @@ from dataclasses import replace
 from mve.agents import AGENTS
 from mve.config import Config
 from mve.state import real_rows, shares_rollout
+from mve.targets import TargetsConfig
 from mve.types import UserError
 
 EPISODES_IN_BUDGET, BUDGET_WITHOUT_LIMIT = 25, 25_000
 LONGEST_WARMUP, WARMUP_SHARE = 5000, 5  # environment steps at most; a fifth of the budget
 FEWER_UPDATES = 5  # times, to begin with, where the model has yet to learn what ends an episode
 SMALLEST_DISCOUNT, LARGEST_DISCOUNT = 0.95, 0.995  # of those that come from the episode's length
+OF_SUMS = {  # settings that say how real steps are summed
+    "n_step_drawn": "draws from 1 to targets.n_step",
+    "n_step_warmup": "says of which rows no targets.n_step real steps are summed",
+    "n_step_within": "says which rows sum targets.n_step real steps",
+}
 SHORT_BUDGET = 100_000  # environment steps below which evaluations come every 1000 steps
 LONGEST_UNSAVED = 5000  # environment steps between checkpoints, unless other is asked
 
@@ -141,21 +147,8 @@ def _check_estimator(config: Config) -> None:
         )
     if targets.n_step > 1:
         _check_n_step(config)
-    elif targets.n_step_drawn:
-        raise UserError(
-            "targets.n_step_drawn draws from 1 to targets.n_step, which is 1; set targets.n_step (8, say) "
-            "or targets.n_step_drawn=false"
-        )
-    elif not targets.n_step_warmup:
-        raise UserError(
-            "targets.n_step_warmup = false says of which rows no targets.n_step real steps are summed, which "
-            "is 1; set targets.n_step (8, say) or targets.n_step_warmup=true"
-        )
-    elif targets.n_step_within:
-        raise UserError(
-            f"targets.n_step_within = {targets.n_step_within} says which rows sum targets.n_step real steps, "
-            "which is 1; set targets.n_step (8, say) or targets.n_step_within=0"
-        )
+    else:
+        _refuse_unread(targets)
     if targets.members and targets.estimator != "calibrated":
         raise UserError(
             f"targets.members = {targets.members} is how many members imagine a state for "
@@ -171,6 +164,16 @@ def _check_estimator(config: Config) -> None:
             f"targets.estimator = calibrated measures the model within a block: targets.horizon_steps = "
             f"{targets.horizon_steps} has to be at most train.block_steps = {block_steps}"
         )
+
+
+def _refuse_unread(targets: TargetsConfig) -> None:
+    """Settings of sums, where no real steps are summed."""
+    for name, does in OF_SUMS.items():
+        if (asked := getattr(targets, name)) != (without := getattr(TargetsConfig, name)):
+            raise UserError(
+                f"targets.{name} = {str(asked).lower()} {does}, which is 1; set targets.n_step (8, say) or "
+                f"targets.{name}={str(without).lower()}"
+            )
 
 
 def _check_n_step(config: Config) -> None:
