@@ -1,11 +1,12 @@
 """Sample efficiency: the flagship, its ablations and its rivals here, over tasks and seeds.
 
     python benchmarks/efficiency.py train FOLDER --tasks Hopper-v4 Walker2d-v4 --seeds 0 1 2 --steps 25000
-    python benchmarks/efficiency.py train FOLDER --seeds 0 1 2 3 4 5 6 7 --steps 100000 --together
+    python benchmarks/efficiency.py train FOLDER --seeds 0 1 2 3 4 5 6 7 --together --programs 3 --aside
     python benchmarks/efficiency.py report FOLDER --csv results/NAME.csv --document docs/sample-efficiency.md
 
 `train` keeps a run on every core, pinned to it, until all have had their steps; with --together, for a GPU,
-all seeds of a task are one program, and one such program runs at a time. Interrupt it, move FOLDER to another
+all seeds of a task are one program, --programs of which run at a time, and with --aside their evaluations are
+played while training goes on (`aside.py`). Interrupt it, move FOLDER to another
 machine, say the same again: what was interrupted goes on from its checkpoints, what is done stays.
 `report` writes every evaluation as a CSV of suite,env,algo,seed,step,return,source, and the tables: presets
 beside what was published, and the flagship with a setting changed. The files are added to: what FOLDER has of
@@ -39,6 +40,8 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 # What is stopped early has to begin as what it stands beside did, not after a fifth of its own steps.
 STARTS = ("train.learning_starts", "dynamics.learning_starts")
+# Published tasks that are almost one of ours: a small contact cost more; only a part of the observation.
+ALIKE = ("Ant-v4-MB27=Ant-v4", "Humanoid-v4-trunc45=Humanoid-v4")
 EVALUATIONS = ("evaluate.interval_steps=5000", "evaluate.episodes=10")
 
 
@@ -59,7 +62,9 @@ LOOSE = (
     "dynamics.bootstrap=true",
 )
 LARGE_MINIBATCHES = ("dynamics.batch_size=256", "dynamics.learning_rate=0.001")
-BOLD_ACTOR = ("agent.actor_value=mean",)
+# Histograms that end at the bounds of values, as they did in the runs on a CPU.
+TIGHT_BOUNDS = ("agent.spare_bins=0",)
+BOLD_ACTOR = (*TIGHT_BOUNDS, "agent.actor_value=mean")
 # As the flagship was before, one upon the other; the oldest averaged actors over some 200 updates, or never.
 MEAN_CRITICS = (*BOLD_ACTOR, "agent.value_bins=0")
 MEANS = (*MEAN_CRITICS, "targets.n_step_warmup=true")
@@ -75,6 +80,7 @@ LEARNED_ENDS = (*MEANS, "dynamics.termination=learned")
 MORE_UPDATES = (*LEARNED_ENDS, "train.initial_updates=5000")
 VARIANTS = {
     FLAGSHIP: Variant("mve-svg"),
+    "tight-bounds": Variant("mve-svg", TIGHT_BOUNDS),
     "bold-actor": Variant("mve-svg", BOLD_ACTOR),
     "histogram-critics": Variant("mve-svg", (*BOLD_ACTOR, "targets.n_step_warmup=true")),
     "no-warm-up-sums": Variant("mve-svg", MEAN_CRITICS),
@@ -144,12 +150,14 @@ class Job(NamedTuple):
         return f"{self.task} {self.variant} {named}"
 
 
-def command(job: Job, root: Path, steps: int, learning_starts: int | None = None) -> list[str] | None:
+def command(
+    job: Job, root: Path, steps: int, learning_starts: int | None = None, *, aside: bool = False
+) -> list[str] | None:
     """What starts the program, or goes on with it; None if its runs have had their steps."""
     from mve.folders import seeds_of
 
     folder = job.folder(root)
-    mve = [sys.executable, "-m", "mve"]
+    mve = [sys.executable, *([str(ROOT / "benchmarks" / "aside.py")] if aside else ["-m", "mve"])]
     if begun := [folder] if (folder / "config.json").exists() else seeds_of(folder):
         done = min(_steps_of(run) for run in begun)
         return (
@@ -184,9 +192,10 @@ def train(
     steps: int,
     *,
     learning_starts: int | None = None,
-    together: bool = False,
+    programs: int = 0,
+    aside: bool = False,
 ) -> int:
-    """Every job in its turn, one for each core, or `together` one that has all cores; how many failed."""
+    """Every job in its turn, one for each core, or so many `programs` that share them; how many failed."""
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
@@ -198,7 +207,7 @@ def train(
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
-            if (asked := command(job, root, steps, learning_starts)) is None:
+            if (asked := command(job, root, steps, learning_starts, aside=aside)) is None:
                 continue
             folder = job.folder(root)
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +218,7 @@ def train(
             if code:
                 failed.append(job)
 
-    cores = [None] if together else machine.available_cores()
+    cores = [None] * programs or machine.available_cores()
     threads = [threading.Thread(target=work, args=(core,)) for core in cores]
     for thread in threads:
         thread.start()
@@ -242,9 +251,10 @@ def report(root: Path, options: argparse.Namespace) -> int:
             f"{' or '.join(map(str, files))} has {named}, which VARIANTS has not; rename or remove"
         )
     tasks = {curve.task for curve in curves}
-    published = [
-        c for c in compare.read([options.published]) if c.task in tasks and c.algo in options.against
-    ]
+    known = compare.read([options.published])
+    alike = [pair for pair in ALIKE if pair.partition("=")[0] in {curve.task for curve in known}]
+    only = [algo for algo in options.against if algo in {curve.algo for curve in known}]
+    published = compare.beside(known, tasks, only, alike) if only else []
     order = list(VARIANTS)
     curves.sort(key=lambda curve: (curve.task, order.index(curve.algo)))
     presets = [curve for curve in curves if not VARIANTS[curve.algo].settings]
@@ -366,6 +376,8 @@ def main(argv: list[str] | None = None) -> int:
         help="where new runs of the flagship begin to learn (as early as --steps has them)",
     )
     training.add_argument("--together", action="store_true", help="all seeds of a task in one program")
+    training.add_argument("--programs", type=int, metavar="N", help="at a time, on no core of their own")
+    training.add_argument("--aside", action="store_true", help="evaluate in processes beside the training")
     reporting = commands.add_parser("report", help="write CSV and tables")
     reporting.add_argument("folder", type=Path)
     reporting.add_argument("--at", nargs="+", type=int, help="steps of the table (the last that all reached)")
@@ -402,7 +414,8 @@ def start(options: argparse.Namespace) -> int:
         jobs,
         options.steps,
         learning_starts=options.learning_starts,
-        together=options.together,
+        programs=options.programs or int(options.together),
+        aside=options.aside,
     )
     return int(failed > 0)
 

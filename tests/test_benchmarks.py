@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from mve import replay
+from mve.checkpoint import steps as saved_steps
 from mve.config import build
 from mve.learner import Learner
 from mve.types import UserError
@@ -360,6 +361,30 @@ def test_seeds_of_one_program_are_those_that_it_began_with(
     asked = ["train", str(tmp_path), "--tasks", "Hopper-v4", "--together", "--seeds"]
     assert bench["efficiency"].main([*asked, "3", "5"]) == 2
     assert "has seed-3; ask for those" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
+def test_evaluations_played_aside_are_those_of_the_run_itself(bench: Loaded, tmp_path: Path) -> None:
+    small = ["agent.hidden=[8]", "train.learning_starts=40", "evaluate.interval_steps=40"]
+    settings = [*small, "evaluate.episodes=2", "train.total_steps=100", "env.kwargs={}"]
+    job = bench["efficiency"].Job("Pendulum-v1", "mve-sac", (3,))
+    [_, script, *_] = bench["efficiency"].command(job, tmp_path, 100, aside=True)
+    asked = [sys.executable, script, "train", "Pendulum-v1", "--algo", "sac", "--seed", "3", "--quiet"]
+    folder = tmp_path / "run"
+    run = subprocess.run(
+        [*asked, "--run-dir", str(folder), "--set", *settings], capture_output=True, text=True, check=True
+    )
+    assert "Traceback" not in run.stderr
+    header, *rows = (folder / "evaluations.csv").read_text().splitlines()
+    assert [row.partition(",")[0] for row in sorted(rows)] == ["100"] * 2 + ["40"] * 2 + ["80"] * 2
+    expected = []
+    for step in (kept := saved_steps(folder / "checkpoints")):
+        returns, lengths = Learner.load(folder, which=step).evaluate(2)
+        both = enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
+        expected += [f"{step},{episode},{ret},{length}" for episode, (ret, length) in both]
+    assert header == "step,episode,return,length"
+    assert len(kept) > 1
+    assert sorted(row for row in rows if int(row.partition(",")[0]) in kept) == sorted(expected)
 
 
 def test_evidence_is_told_beside_what_was_published(

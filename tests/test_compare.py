@@ -86,11 +86,32 @@ def test_a_seed_counts_once_and_own_runs_are_not_mixed_with_published_ones(
     assert cli.main(["compare", str(own), f"old={old}"]) == 0
 
 
+def test_a_task_that_is_almost_the_same_stands_beside_it_under_its_own_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, old = tmp_path / "own.csv", tmp_path / "old.csv"
+    compare.write_csv([curve("a", 0, 100.0)], own)
+    theirs = [curve("b", 0, 300.0), curve("c", 0, 500.0)]
+    compare.write_csv([each._replace(env="Task-v1-short") for each in theirs], old)
+    asked = ["compare", str(own), "--against", str(old), "--only", "b"]
+    assert cli.main(asked) == 0
+    assert "Task-v1-short" not in capsys.readouterr().out
+    assert cli.main([*asked, "--alike", "Task-v1-short=Task-v1"]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split("  ")[0] for row in rows] == ["Task-v1", "Task-v1"]
+    assert "b (Task-v1-short)" in rows[1]
+    assert rows[1].split()[-1] == "300"
+    [moved] = compare.beside([theirs[0]._replace(env="T")], ["dmc/T"], alike=["T=dmc/T"])
+    assert (moved.suite, moved.env, moved.algo) == ("dmc", "T", "b (T)")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["own.csv", "--only", "b"], "--only b is not published there; none is"),
         (["own.csv", "--against", "own.csv", "--only", "b"], "--only b is not published there; a is"),
+        (["own.csv", "--against", "own.csv", "--alike", "T=Task-v1"], "--alike T=Task-v1: it has to be"),
+        (["own.csv", "--against", "own.csv", "--alike", "Task-v1"], "--alike Task-v1: it has to be"),
         (["run"], "none of these runs has been evaluated yet"),
         (["nothing"], "config.json is not a run's: it has no 'env'"),
         (["own.csv", "--csv", "."], "cannot write"),

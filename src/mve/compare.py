@@ -210,6 +210,37 @@ def refuse_twice(curves: Sequence[Curve]) -> None:
             )
 
 
+def beside(
+    published: Sequence[Curve], tasks: Iterable[str], only: Sequence[str] = (), alike: Sequence[str] = ()
+) -> list[Curve]:
+    """The published curves on those tasks, of these algorithms if any are named.
+
+    `alike` holds PUBLISHED=TASK: curves of a task that is almost one of ours, shown beside its own, and with
+    the other's name. UserError for an algorithm or a task that is not published.
+    """
+    known = {curve.algo for curve in published}
+    if unknown := set(only) - known:
+        named = ", ".join(dict.fromkeys(curve.algo for curve in published)) or "none"
+        raise UserError(f"--only {' '.join(sorted(unknown))} is not published there; {named} is")
+    kin: dict[str, str] = {}
+    for pair in alike:
+        name, separator, task = pair.partition("=")
+        if not separator or name not in {curve.task for curve in published}:
+            raise UserError(f"--alike {pair}: it has to be PUBLISHED=TASK, a published task and one of yours")
+        kin[name] = task
+    wanted = set(tasks)
+    shown = [_in_place(c, kin.get(c.task)) for c in published if not only or c.algo in only]
+    return [curve for curve in shown if curve.task in wanted]
+
+
+def _in_place(curve: Curve, task: str | None) -> Curve:
+    """The curve as one of that task, if one is given."""
+    if task is None:
+        return curve
+    suite, _, env = task.rpartition("/")
+    return curve._replace(suite=suite or "gym", env=env, algo=f"{curve.algo} ({curve.env})")
+
+
 def common_steps(curves: Sequence[Curve]) -> list[int]:
     """For each task, the last step that all of its curves have reached."""
     tasks = grouped([curve for curve in curves if len(curve.step)])

@@ -86,6 +86,8 @@ class Compare:
     """Published curves in the same form, compared on the same tasks."""
     only: tuple[str, ...] = ()
     """Of the published ones, these algorithms."""
+    alike: Annotated[tuple[str, ...], arg(metavar="PUBLISHED=TASK")] = ()
+    """Published tasks that are almost one of the runs', to be shown beside it under their own name."""
     output: Annotated[Path | None, arg(metavar="PNG")] = None
     """A picture to draw: a panel for each task."""
     csv: Annotated[Path | None, arg(metavar="CSV")] = None
@@ -105,14 +107,10 @@ class Compare:
         if silent := len(every) - len(curves):
             print(f"compare: {silent} of {len(every)} runs not evaluated yet, left out", file=sys.stderr)
         compare.refuse_twice(curves)
-        if unknown := set(self.only) - {curve.algo for curve in published}:
-            known = ", ".join(dict.fromkeys(curve.algo for curve in published)) or "none"
-            raise UserError(f"compare: --only {' '.join(sorted(unknown))} is not published there; {known} is")
         tasks, own = {curve.task for curve in curves}, {curve.algo for curve in curves}
         published = [
             c._replace(algo=f"{c.algo} (published)") if c.algo in own else c
-            for c in published
-            if c.task in tasks and (not self.only or c.algo in self.only)
+            for c in compare.beside(published, tasks, self.only, self.alike)
         ]
         steps = self.at or compare.common_steps(curves)
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
