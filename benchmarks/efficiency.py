@@ -40,6 +40,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 # What is stopped early has to begin as what it stands beside did, not after a fifth of its own steps.
 STARTS = ("train.learning_starts", "dynamics.learning_starts")
+RIVALS = ["DHMBPO", "MBPO", "MACURA", "DR.Q", "FlashSAC", "CrossQ"]
 # Published tasks that are almost one of ours: a small contact cost more; only a part of the observation.
 ALIKE = ("Ant-v4-MB27=Ant-v4", "Humanoid-v4-trunc45=Humanoid-v4")
 EVALUATIONS = ("evaluate.interval_steps=5000", "evaluate.episodes=10")
@@ -260,7 +261,9 @@ def report(root: Path, options: argparse.Namespace) -> int:
     presets = [curve for curve in curves if not VARIANTS[curve.algo].settings]
     changed = [curve for curve in curves if VARIANTS[curve.algo].settings]
     at = options.at or compare.common_steps(presets or curves)
-    parts = [markdown(compare.HEADER, compare.table([*presets, *published], at))]
+    reached = {(task, step) for task, _, step, *_ in compare.table(presets or curves, at)}
+    rows = compare.table([*presets, *published], at)
+    parts = [markdown(compare.HEADER, [row for row in rows if (row[0], row[2]) in reached])]
     if changed:
         parts += [markdown(*ablations(curves, step)) for step in options.ablations_at or [max(at)]]
     spent = with_others(options.times_csv, times(folders))
@@ -383,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     reporting.add_argument("--at", nargs="+", type=int, help="steps of the table (the last that all reached)")
     reporting.add_argument("--ablations-at", nargs="+", type=int, help="a table each (the last of --at)")
     reporting.add_argument("--published", type=Path, default=ROOT / "results" / "published.csv")
-    reporting.add_argument("--against", nargs="+", default=["DHMBPO", "MBPO", "MACURA", "DR.Q", "FlashSAC"])
+    reporting.add_argument("--against", nargs="+", default=RIVALS)
     reporting.add_argument("--csv", type=Path, help="where the presets' evaluations are to go")
     reporting.add_argument("--ablations-csv", type=Path, help="where the other variants' are to go")
     reporting.add_argument("--times-csv", type=Path, help="where wall-clock and devices are to go")

@@ -26,6 +26,7 @@ from mve.types import UserError
 COLUMNS = ("suite", "env", "algo", "seed", "step", "return", "source")
 CONFIDENCE, RESAMPLES = 0.95, 5000
 NEAR = 0.02  # share of a step: an evaluation as near to it is one at it
+ACROSS = 3  # panels of a picture, at most
 BETWEEN = "~"  # before a number that is interpolated between evaluations further off
 
 
@@ -292,10 +293,12 @@ def picture(
     colours = {algo: COLOURS[i % len(COLOURS)] for i, algo in enumerate(algos)}
     greys = {algo: str(0.25 + 0.5 * i / max(len(others), 1)) for i, algo in enumerate(others)}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.5 + 5.2 * len(tasks), 4.2), layout="constrained")
-        for axis, (task, by_algo) in zip(
-            figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True
-        ):
+        across, down = min(len(tasks), ACROSS), -(-len(tasks) // ACROSS)
+        figure = Figure(figsize=(1.5 + 5.2 * across, 4.2 * down), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False)
+        for axis in panels.flat[len(tasks) :]:
+            axis.set_axis_off()
+        for axis, (task, by_algo) in zip(panels.flat, tasks.items(), strict=False):
             axis.set_title(task, loc="left", fontsize=13, fontweight="bold")
             end = float(last or max(c.step[-1] for group in by_algo.values() for c in group))
             for algo, group in known.get(task, {}).items():
@@ -311,8 +314,9 @@ def picture(
             axis.set_xlim(0, end)
             axis.set_xlabel("environment steps")
             axis.xaxis.set_major_formatter(thousands)
-            axis.legend(fontsize=8.5, loc="best")
-        figure.axes[0].set_ylabel("evaluation return, IQM and 95 % interval")
+            axis.legend(fontsize=8.5, loc="best", frameon=True, framealpha=0.8, edgecolor="none")
+        for axis in panels[:, 0]:
+            axis.set_ylabel("evaluation return, IQM and 95 % interval")
         return write(figure, output)
 
 
