@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 from test_plot import write_run
@@ -142,6 +143,18 @@ def test_curves_that_do_not_overlap_are_drawn_apart(tmp_path: Path) -> None:
     )
     assert compare.picture([one, other], [], tmp_path / "a.png").stat().st_size > 5000
     assert compare.picture([one], [other], tmp_path / "b.png", last=500).stat().st_size > 5000
+
+
+def test_many_tasks_are_drawn_in_rows(tmp_path: Path) -> None:
+    one = curve("a", 0, 1.0, 2.0)
+    row, rows = (
+        matplotlib.image.imread(
+            compare.picture([one._replace(env=f"T{i}") for i in range(n)], [], tmp_path / f"{n}.png")
+        )
+        for n in (compare.ACROSS, compare.ACROSS + 2)
+    )
+    assert rows.shape[1] == row.shape[1]
+    assert rows.shape[0] == 2 * row.shape[0]
 
 
 def test_what_is_written_is_read_again_and_drawn(tmp_path: Path) -> None:
