@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mve import log
+from mve import doctor, log
 from mve.cli import COMMANDS, main
 from mve.learner import Learner
 from mve.presets import PRESETS
@@ -538,6 +538,20 @@ def test_the_doctor_fails_when_something_does(
     out = capsys.readouterr().out
     assert "fail" in out
     assert "ZeroDivisionError" in out
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "hinted"),
+    [("gpu", "", True), ("gpu", "--xla_gpu_autotune_level=0", False), ("cpu", "", False)],
+)
+def test_the_doctor_knows_what_a_gpu_compiles_sooner_by(
+    kind: str, flags: str, hinted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = log.versions() | {"devices": [{"platform": kind, "kind": "A device"}]}
+    monkeypatch.setattr("mve.log.versions", lambda: versions)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    [found] = [f for f in doctor.examine() if f.check == "devices"]
+    assert (doctor.COMPILES_SOON in found.detail) == hinted
 
 
 def test_the_doctor_reports_even_a_jax_without_devices(

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from mve.messages import no_device, what_failed
 
+# Five programs at once compiled in one minute in place of over three (docs/performance.md, "On a GPU").
+COMPILES_SOON = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 SMALLEST_MEMORY_GB, SMALLEST_DISK_GB = 2.0, 1.0
 
 
@@ -38,6 +40,8 @@ def _check_versions() -> Iterator[Finding]:
     kinds = ", ".join(f"{device['platform']} ({device['kind']})" for device in found["devices"])
     idle_gpu = Path("/dev/nvidia0").exists() and all(d["platform"] == "cpu" for d in found["devices"])
     hint = "; JAX does not see the NVIDIA GPU: pip install -U 'jax[cuda13]'" if idle_gpu else ""
+    if any(d["platform"] == "gpu" for d in found["devices"]) and "autotune" not in os.getenv("XLA_FLAGS", ""):
+        hint = f"; XLA_FLAGS='{COMPILES_SOON}' spares an NVIDIA GPU minutes of compiling"
     yield Finding("devices", "warn" if idle_gpu else "ok", f"{kinds}; {os.cpu_count()} CPU cores{hint}")
     if (dm_control := _installed("dm-control")) and int(found["mujoco"].split(".")[0]) >= 4:
         detail = f"{dm_control} does not work with mujoco {found['mujoco']}: pip install 'mujoco>=3.17,<4'"
