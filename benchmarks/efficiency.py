@@ -115,6 +115,7 @@ VARIANTS = {
     "learned-termination-more-updates": Variant("mve-svg", MORE_UPDATES),
     "termination-net": Variant("mve-svg", (*MORE_UPDATES, "dynamics.limits=false")),
     "honest-noise": Variant("mve-svg", (*MEANS, "dynamics.bootstrap=true", "dynamics.noise_rows=unseen")),
+    "learned-ends": Variant("mve-svg", ("dynamics.termination=learned",)),
     "resets": Variant("mve-svg", ("agent.reset_optimisers=true",)),
     "two-updates": Variant("mve-svg", ("train.updates_per_step=2",)),
     "mve-sac": Variant("mve-sac"),
