@@ -29,6 +29,7 @@ from mve.loop import Loop
 from mve.run import Run
 
 NICENESS = 10  # those that train come first
+playing: list[int] = []  # the processes
 
 
 def play(run: Run, policy: Any, step: int) -> None:
@@ -47,12 +48,12 @@ def play(run: Run, policy: Any, step: int) -> None:
 def evaluate(loop: Loop, records: Sequence[Any], display: Any) -> list[dict[str, float]]:
     """In place of `Loop.evaluate`: begins what it would do, and records nothing itself."""
     del records, display
-    gather(wait=False)
     for run, policy in zip(loop.runs, loop.program.policies(loop.state), strict=True):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is said above
             child = os.fork()
         if child:
+            playing.append(child)
             continue
         code = 1
         try:
@@ -66,16 +67,13 @@ def evaluate(loop: Loop, records: Sequence[Any], display: Any) -> list[dict[str,
         finally:
             sys.stderr.flush()
             os._exit(code)
+    gather(wait=loop.step == loop.config.train.total_steps)  # the curve of the whole run is drawn next
     return [{} for _ in loop.runs]
 
 
 def gather(*, wait: bool) -> None:
     """Those that have ended, or all of them."""
-    try:
-        while os.waitpid(-1, 0 if wait else os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
+    playing[:] = [child for child in playing if os.waitpid(child, 0 if wait else os.WNOHANG) == (0, 0)]
 
 
 def main(argv: list[str] | None = None) -> int:
