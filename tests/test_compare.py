@@ -145,6 +145,24 @@ def test_curves_that_do_not_overlap_are_drawn_apart(tmp_path: Path) -> None:
     assert compare.picture([one], [other], tmp_path / "b.png", last=500).stat().st_size > 5000
 
 
+def test_algorithms_are_held_against_one_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = [curve("a", seed, value) for seed, value in enumerate((1.0, 4.0, 5.0))]
+    theirs = [curve("b", seed, value) for seed, value in enumerate((2.0, 3.0, 4.0))]
+    # Of nine pairs a is above in 3 + 2 and level in 1: 4 over 2 and 3, level with 4; 5 over all.
+    row = ("Task-v1", "a", "1 k", "3, 3", f"{5.5 / 9:.2f}")
+    [found] = compare.held_against("b", [*ours, *theirs], [1000])
+    assert found[:-1] == row
+    assert compare.held_against("b", [*ours, *theirs], [9000]) == []
+    apart = [each._replace(value=each.value + 10) for each in ours]
+    [best] = compare.held_against("b", [*apart, *theirs], [1000])
+    assert best[-2:] == ("1.00", "0.1")  # two of the twenty orders of three and three
+    path = compare.write_csv([*ours, *(c._replace(algo="b (near)") for c in theirs)], tmp_path / "a.csv")
+    assert cli.main(["compare", str(path), "--over", "b"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:5] == ["Task-v1", "a", "1", "k", "3,"]
+    assert cli.main(["compare", str(path), "--over", "c"]) == 2
+    assert "--over c is not among what is compared: a, b (near)" in capsys.readouterr().err
+
+
 def test_many_tasks_are_drawn_in_rows(tmp_path: Path) -> None:
     one = curve("a", 0, 1.0, 2.0)
     row, rows = (

@@ -269,12 +269,46 @@ def table(curves: Sequence[Curve], steps: Sequence[int]) -> list[tuple[str, ...]
     return rows
 
 
+def held_against(rival: str, curves: Sequence[Curve], steps: Sequence[int]) -> list[tuple[str, ...]]:
+    """A row of texts, under AGAINST, for each task, step and algorithm that has come as far as the rival: the
+    probability that one of its seeds is above one of the rival's, ties counting half (the probability of
+    improvement of Agarwal et al. 2021, section 4.3), and the p of the rank test that says the same (Mann and
+    Whitney 1947, two tails). UserError where the rival is not among them.
+
+    The rival's curves on a task that is almost the same (`beside`) count as its own.
+    """
+    from scipy.stats import mannwhitneyu
+
+    def is_rival(algo: str) -> bool:
+        return algo == rival or algo.startswith(f"{rival} (")
+
+    if not any(is_rival(curve.algo) for curve in curves):
+        named = ", ".join(dict.fromkeys(curve.algo for curve in curves))
+        raise UserError(f"--over {rival} is not among what is compared: {named}")
+    rows = []
+    for task, algos in grouped(curves).items():
+        theirs = [curve for algo, group in algos.items() if is_rival(algo) for curve in group]
+        for step in steps:
+            if (known := score(theirs, step)) is None:
+                continue
+            for algo, group in algos.items():
+                if is_rival(algo) or (found := score(group, step)) is None:
+                    continue
+                test = mannwhitneyu(found.values, known.values, alternative="two-sided")
+                chance = test.statistic / (len(found.values) * len(known.values))
+                counts = f"{len(found.values)}, {len(known.values)}"
+                told = f"{chance:.2f}", f"{test.pvalue:.2g}"
+                rows.append((task, algo, thousands(float(step)), counts, *told))
+    return rows
+
+
 def _numbers(values: Sequence[float]) -> list[str]:
     """Returns as a table has them: whole, or with three digits where all are small."""
     small = max(abs(value) for value in values if not math.isnan(value)) < 100
     return [f"{value:.3g}" if small else f"{value:.0f}" for value in values]
 
 
+AGAINST = ("task", "algorithm", "step", "seeds", "above it", "p")
 HEADER = ("task", "algorithm", "step", "seeds", "IQM [95 %]", "mean", "median", "every seed")
 
 

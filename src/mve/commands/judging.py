@@ -88,6 +88,9 @@ class Compare:
     """Of the published ones, these algorithms."""
     alike: Annotated[tuple[str, ...], arg(metavar="PUBLISHED=TASK")] = ()
     """Published tasks that are almost one of the runs', to be shown beside it under their own name."""
+    over: Annotated[str, arg(metavar="NAME")] = ""
+    """The algorithm to hold the others against: how probably a seed of theirs is above one of its, and the p
+    of the rank test."""
     output: Annotated[Path | None, arg(metavar="PNG")] = None
     """A picture to draw: a panel for each task."""
     csv: Annotated[Path | None, arg(metavar="CSV")] = None
@@ -113,13 +116,17 @@ class Compare:
             for c in compare.beside(published, tasks, self.only, self.alike)
         ]
         steps = self.at or compare.common_steps(curves)
-        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        for name in compare.HEADER:
-            table.add_column(name, no_wrap=name != compare.HEADER[-1])
         rows = compare.table([*curves, *published], steps)
-        for row in rows:
-            table.add_row(*map(Text, row))
-        Console(width=max(Console().width, 120)).print(table)  # every seed beside the rest
+        tables: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = [(compare.HEADER, rows)]
+        if self.over:
+            tables.append((compare.AGAINST, compare.held_against(self.over, [*curves, *published], steps)))
+        for header, lines in tables:
+            table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+            for name in header:
+                table.add_column(name, no_wrap=name != compare.HEADER[-1])
+            for row in lines:
+                table.add_row(*map(Text, row))
+            Console(width=max(Console().width, 120)).print(table)  # every seed beside the rest
         if any(row[4].startswith(compare.BETWEEN) for row in rows):
             print(f"{compare.BETWEEN} between evaluations before and after that step", file=sys.stderr)
         if late := [step for step in steps if all(row[2] != thousands(float(step)) for row in rows)]:
