@@ -13,60 +13,53 @@ simulator alone. JAX warns of forks in general, and is right to; hence a script,
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import NoReturn
 
 from mve import cli
-from mve.log import EVALUATIONS
+from mve.display import Display
+from mve.log import RunLog
 from mve.loop import Loop
+from mve.policies import Policy
 from mve.run import Run
 
 NICENESS = 10  # those that train come first
 playing: list[int] = []  # the processes
 
 
-def play(run: Run, policy: Any, step: int) -> None:
-    """The evaluation of one run, into its records."""
-    found = run.evaluate(policy, step)
-    rows = io.StringIO()
-    csv.writer(rows, lineterminator="\n").writerows(
-        (step, episode, float(ret), int(length))
-        for episode, (ret, length) in enumerate(zip(found.returns, found.lengths, strict=True))
-    )
-    file = os.open(run.folder / EVALUATIONS, os.O_WRONLY | os.O_APPEND)
-    os.write(file, rows.getvalue().encode())  # in one piece: another may be about to write its own
-    os.close(file)
+def play(run: Run, policy: Policy, step: int, record: RunLog) -> NoReturn:
+    """The evaluation of one run, into its records, and the end of this process."""
+    code = 1
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # the evaluation of a run that stops is worth having
+        os.nice(NICENESS)
+        found = run.evaluate(policy, step)
+        record.evaluation(step, found.returns, found.lengths)  # appended in one piece, as others' are
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
-def evaluate(loop: Loop, records: Sequence[Any], display: Any) -> list[dict[str, float]]:
-    """In place of `Loop.evaluate`: begins what it would do, and records nothing itself."""
-    del records, display
-    for run, policy in zip(loop.runs, loop.program.policies(loop.state), strict=True):
+def evaluate(loop: Loop, records: Sequence[RunLog], display: Display) -> list[dict[str, float]]:
+    """In place of `Loop.evaluate`: begins what it would do, and neither waits nor shows it."""
+    del display
+    policies = loop.program.policies(loop.state)
+    for run, policy, record in zip(loop.runs, policies, records, strict=True):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is said above
             child = os.fork()
-        if child:
-            playing.append(child)
-            continue
-        code = 1
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)  # the evaluation of a run that stops is worth having
-            os.nice(NICENESS)
-            play(run, policy, loop.step)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
+        if not child:
+            play(run, policy, loop.step, record)
+        playing.append(child)
     gather(wait=loop.step == loop.config.train.total_steps)  # the curve of the whole run is drawn next
     return [{} for _ in loop.runs]
 

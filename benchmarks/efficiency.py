@@ -6,8 +6,8 @@
 
 `train` keeps a run on every core, pinned to it, until all have had their steps; with --together, for a GPU,
 all seeds of a task are one program, --programs of which run at a time, and with --aside their evaluations are
-played while training goes on (`aside.py`). Interrupt it, move FOLDER to another
-machine, say the same again: what was interrupted goes on from its checkpoints, what is done stays.
+played while training goes on (`aside.py`). Interrupt it, move FOLDER to another machine, say the same again:
+what was interrupted goes on from its checkpoints, what is done stays.
 `report` writes every evaluation as a CSV of suite,env,algo,seed,step,return,source, and the tables: presets
 beside what was published, and the flagship with a setting changed. The files are added to: what FOLDER has of
 a task and a variant takes the place of all that they had of it, and the rest stays.

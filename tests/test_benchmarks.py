@@ -366,7 +366,7 @@ def test_seeds_of_one_program_are_those_that_it_began_with(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
 def test_evaluations_played_aside_are_those_of_the_run_itself(bench: Loaded, tmp_path: Path) -> None:
     small = ["agent.hidden=[8]", "train.learning_starts=40", "evaluate.interval_steps=40"]
-    settings = [*small, "evaluate.episodes=2", "train.total_steps=100", "env.kwargs={}"]
+    settings = [*small, "evaluate.episodes=2", "train.total_steps=100"]
     job = bench["efficiency"].Job("Pendulum-v1", "mve-sac", (3,))
     [_, script, *_] = bench["efficiency"].command(job, tmp_path, 100, aside=True)
     asked = [sys.executable, script, "train", "Pendulum-v1", "--algo", "sac", "--seed", "3", "--quiet"]

@@ -158,11 +158,20 @@ def score(curves: Sequence[Curve], step: float | int) -> Score | None:
     percentile bootstrap over seeds (Agarwal et al. 2021, arXiv 2108.13264, section 4; one task is one
     stratum): of two or three seeds, their range. None if no seed has come so far.
     """
-    reached = [c for c in curves if _gap(c, step) <= step]
+    reached = _reached(curves, step)
     if not reached:
         return None
-    values = np.array([np.interp(step, c.step, c.value) for c in reached])
+    values = _values(reached, step)
     return Score(values, iqm(values), *interval(values), measured=not any(_gap(c, step) for c in reached))
+
+
+def _reached(curves: Sequence[Curve], step: float | int) -> list[Curve]:
+    """Those that have come so far."""
+    return [c for c in curves if _gap(c, step) <= step]
+
+
+def _values(reached: Sequence[Curve], step: float | int) -> Float[np.ndarray, " seeds"]:
+    return np.array([np.interp(step, c.step, c.value) for c in reached])
 
 
 def _gap(curve: Curve, step: float | int) -> float:
@@ -289,16 +298,17 @@ def held_against(rival: str, curves: Sequence[Curve], steps: Sequence[int]) -> l
     for task, algos in grouped(curves).items():
         theirs = [curve for algo, group in algos.items() if is_rival(algo) for curve in group]
         for step in steps:
-            if (known := score(theirs, step)) is None:
-                continue
+            known = _values(_reached(theirs, step), step)
             for algo, group in algos.items():
-                if is_rival(algo) or (found := score(group, step)) is None:
+                found = _values(_reached(group, step), step)
+                if is_rival(algo) or not len(found) or not len(known):
                     continue
-                test = mannwhitneyu(found.values, known.values, alternative="two-sided")
-                chance = test.statistic / (len(found.values) * len(known.values))
-                counts = f"{len(found.values)}, {len(known.values)}"
-                told = f"{chance:.2f}", f"{test.pvalue:.2g}"
-                rows.append((task, algo, thousands(float(step)), counts, *told))
+                test = mannwhitneyu(found, known, alternative="two-sided")
+                chance = test.statistic / (len(found) * len(known))
+                counts = f"{len(found)}, {len(known)}"
+                rows.append(
+                    (task, algo, thousands(float(step)), counts, f"{chance:.2f}", f"{test.pvalue:.2g}")
+                )
     return rows
 
 
