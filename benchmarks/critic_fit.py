@@ -32,7 +32,8 @@ from mve.types import Key, Transition, UserError
 HEADER = ("settings", "bias", "root mean square", "correlation", "before an end", "earned there")
 NEAR, FAR = 20, 100  # steps to an episode's end that are called shortly before
 HELD = "targets.discount"  # what was earned is by the run's own
-ALLOWED = ("targets.", "imagination.real_share", "imagination.length", "replay.recency")
+CORRECTIONS = "dynamics.on_policy_corrections"  # how the model is asked, not what it has learned
+ALLOWED = ("targets.", "imagination.real_share", "imagination.length", "replay.recency", CORRECTIONS)
 
 
 class Earned(NamedTuple):
@@ -65,15 +66,21 @@ def asked_recipe(learner: Learner, settings: str) -> Recipe:
             )
     asked = config.build(learner.config.env.id, learner.config.algo, settings.split())
     own = learner.config
-    asked = replace(asked, train=own.train, dynamics=own.dynamics, agent=own.agent)
+    held = replace(own.dynamics, on_policy_corrections=asked.dynamics.on_policy_corrections)
+    asked = replace(asked, train=own.train, dynamics=held, agent=own.agent)
     schedule.check(asked, learner.recipe.fits_model)
     targets = replace(asked.targets, discount=learner.recipe.targets.discount)
+    dynamics = replace(learner.recipe.dynamics, on_policy_corrections=held.on_policy_corrections)
     recipe = replace(
-        learner.recipe, targets=targets, imagination=asked.imagination, recency=asked.replay.recency
+        learner.recipe,
+        targets=targets,
+        dynamics=dynamics,
+        imagination=asked.imagination,
+        recency=asked.replay.recency,
     )
-    held = learner.state.imagined
-    if held is not None and asked.imagination.capacity > held.capacity:
-        raise UserError(f"--try {settings}: the run's buffer of imagined rows holds {held.capacity}")
+    buffer = learner.state.imagined
+    if buffer is not None and asked.imagination.capacity > buffer.capacity:
+        raise UserError(f"--try {settings}: the run's buffer of imagined rows holds {buffer.capacity}")
     return recipe
 
 

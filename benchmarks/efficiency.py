@@ -116,6 +116,8 @@ VARIANTS = {
     "termination-net": Variant("mve-svg", (*MORE_UPDATES, "dynamics.limits=false")),
     "honest-noise": Variant("mve-svg", (*MEANS, "dynamics.bootstrap=true", "dynamics.noise_rows=unseen")),
     "learned-ends": Variant("mve-svg", ("dynamics.termination=learned",)),
+    "real-rows": Variant("mve-svg", ("imagination.real_share=1",)),
+    "corrected": Variant("mve-svg", ("dynamics.on_policy_corrections=true",)),
     "resets": Variant("mve-svg", ("agent.reset_optimisers=true",)),
     "two-updates": Variant("mve-svg", ("train.updates_per_step=2",)),
     "mve-sac": Variant("mve-sac"),

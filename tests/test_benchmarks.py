@@ -546,6 +546,8 @@ def test_critics_are_tried_with_what_the_run_itself_has_found_out(bench: Loaded,
     recipe = bench["critic_fit"].asked_recipe(learner, "targets.n_step=3 replay.recency=1")
     assert (recipe.targets.n_step, recipe.recency) == (3, 1.0)
     assert recipe.targets.discount == learner.recipe.targets.discount == pytest.approx(0.975)
+    corrected = bench["critic_fit"].asked_recipe(learner, "dynamics.on_policy_corrections=true").dynamics
+    assert corrected == replace(learner.recipe.dynamics, on_policy_corrections=True)
     with pytest.raises(UserError, match="buffer of imagined rows"):
         bench["critic_fit"].asked_recipe(learner, "imagination.length=[99,99]")
 

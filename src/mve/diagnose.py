@@ -170,6 +170,8 @@ def _targets(
     steps that earned it, where in training older policies took them.
     """
     state, recipe = learner.state, learner.recipe
+    # The replay has nothing that ran beside fresh episodes.
+    recipe = replace(recipe, dynamics=replace(recipe.dynamics, on_policy_corrections=False))
     after_one = replace(recipe, targets=replace(recipe.targets, n_step=1, n_step_drawn=False))
     rows, earned = judged.rows, judged.earned
     by_horizon = np.asarray(measure.targets_by_horizon(state.agent, state.model, recipe, rows, deepest))

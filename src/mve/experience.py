@@ -17,7 +17,7 @@ from mve.agents import Agent
 from mve.replay import Replay
 from mve.state import Recipe, TrainState
 from mve.targets import TargetsConfig
-from mve.types import Imagined, Key, Metrics, PolicyFn, Segment, StepFn, Transition
+from mve.types import Beside, Imagined, Key, Metrics, PolicyFn, Segment, StepFn, Transition
 
 USUAL = 0.95  # quantile of the first steps' disagreement that later ones are held against (MACURA)
 WHOLE_ROLLOUT = 2**32 - 1  # folded into a rollout's key for what holds throughout; its steps have 0, 1, ...
@@ -42,7 +42,8 @@ def sample_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
     dreamt = _imagined_batch(state, recipe, imagined_key)
     if imagination.first_step == "imagined":
         step_fn = model_step(state, recipe, step_key)
-        dreamt = _first_step(dreamt, state.agent.target_policy, step_fn, step_key)
+        now = beside(state, recipe, dreamt.step, dreamt.episode, 1)
+        dreamt = _first_step(dreamt, state.agent.target_policy, step_fn, step_key, now)
     if imagination.mixed_by == "row":
         is_real = jnp.arange(size) < recipe.real_rows
     else:
@@ -86,9 +87,20 @@ def _imagined_batch(state: TrainState, recipe: Recipe, key: Key) -> Transition:
     return replay.sample(state.imagined, (recipe.agent.batch_size,), key, newest)
 
 
-def _first_step(rows: Transition, policy: PolicyFn, step_fn: StepFn, key: Key) -> Transition:
+def _first_step(
+    rows: Transition, policy: PolicyFn, step_fn: StepFn, key: Key, beside: Beside | None
+) -> Transition:
     """What the policy and the model make of the rows' states: another action, reward and next state."""
-    return imagine.as_transition(imagine.rollout(step_fn, policy, rows.obs, 1, key), rows)
+    return imagine.as_transition(imagine.rollout(step_fn, policy, rows.obs, 1, key, beside), rows)
+
+
+def beside(state: TrainState, recipe: Recipe, first: Array, episode: Array, num_steps: int) -> Beside | None:
+    """The real steps (H, B) from the `first` ones on, for rollouts that run beside them: imagined rows bear
+    the number of the real step at which they would have been. None where nothing is corrected by them."""
+    if not recipe.corrects:
+        return None
+    step = first[None] + jnp.arange(num_steps)[:, None]
+    return Beside(*replay.at_steps(state.replay, step, jnp.broadcast_to(episode[None], step.shape)))
 
 
 # The buffer, its newest rows, which rollouts go on, steps kept by each on average, and when one is to stop.
@@ -119,23 +131,32 @@ def imagine_once(state: TrainState, recipe: Recipe, key: Key) -> Shared:
     if recipe.real_rows:
         real_key = jax.random.fold_in(start_key, 1)
         real = real_batch(state, recipe, recipe.real_rows, real_key)
-        start = start._replace(obs=_led_to(real, start.obs))
+        start = _led_to(real, start)
     actor, policy_of = state.agent.acting()
-    step_fn = model_step(state, recipe, rollout_key)
+    step_fn, steps = model_step(state, recipe, rollout_key), recipe.agent.model_steps
+    along = beside(state, recipe, start.step, start.episode, steps)
 
     def rollout(actor: Any) -> Imagined:
-        policy, steps = policy_of(actor), recipe.agent.model_steps
-        return imagine.rollout(step_fn, policy, start.obs, steps, rollout_key, unrolled=True)
+        return imagine.rollout(step_fn, policy_of(actor), start.obs, steps, rollout_key, along, unrolled=True)
 
     whole, pull_back = jax.vjp(rollout, actor)
     return Shared(real, imagine.as_transition(whole, start), imagine.after_first(whole), whole, pull_back)
 
 
-def _led_to(real: Transition, start_obs: Array) -> Array:
-    """The start states, with those that real steps led to, unless an episode ended there, as the first."""
-    count = len(real.reward)
-    reached = jnp.where(real.continuation[:, None] > 0, real.next_obs, start_obs[:count])
-    return jnp.concatenate([reached, start_obs[count:]])
+def _led_to(real: Transition, start: Transition) -> Transition:
+    """The start rows, of which the first have the states that real steps led to, unless an episode ended
+    there, and the numbers of the steps that followed."""
+    count, goes_on = len(real.reward), real.continuation > 0
+
+    def first(reached: Array, others: Array) -> Array:
+        chosen = goes_on.reshape(-1, *[1] * (others.ndim - 1))
+        return jnp.concatenate([jnp.where(chosen, reached, others[:count]), others[count:]])
+
+    return start._replace(
+        obs=first(real.next_obs, start.obs),
+        step=first(real.step + 1, start.step),
+        episode=first(real.episode, start.episode),
+    )
 
 
 def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics]:
@@ -154,7 +175,8 @@ def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics
     def step(t: Array, carry: Branch) -> Branch:
         buffer, rows, alive, kept, largest = carry
         step_key = jax.random.fold_in(rollout_key, t)
-        rows = _first_step(rows, policy, step_fn, step_key)
+        along = beside(state, recipe, rows.step, rows.episode, 1)
+        rows = _first_step(rows, policy, step_fn, step_key, along)
         if recipe.imagination.trust:
             assert state.model is not None  # refused by the settings
             apart = dynamics.disagreement(state.model, rows.obs, rows.action, jax.random.fold_in(step_key, 1))
@@ -162,7 +184,8 @@ def branch(state: TrainState, recipe: Recipe, key: Key) -> tuple[Replay, Metrics
             largest = jnp.where(t == 0, usual, largest)
             alive = alive & (apart <= largest)
         buffer, kept = replay.add(buffer, rows, alive), kept + jnp.mean(alive, dtype=jnp.float32)
-        return buffer, rows._replace(obs=rows.next_obs), alive & (rows.continuation > 0), kept, largest
+        on = rows._replace(obs=rows.next_obs, step=rows.step + 1)
+        return buffer, on, alive & (rows.continuation > 0), kept, largest
 
     everyone = jnp.ones(recipe.imagination.starts, bool)
     begun = state.imagined, start, everyone, jnp.float32(0.0), jnp.float32(jnp.inf)
@@ -176,7 +199,8 @@ def imagine_ahead(state: TrainState, recipe: Recipe, batch: Transition, key: Key
     if recipe.targets.shares_draws:
         policy = jax.vmap(policy, in_axes=(0, None))
     start, step_fn = _start_obs(batch, recipe), target_step(state, recipe, key)
-    return imagine.rollout(step_fn, policy, start, recipe.expanded_steps, key)
+    along = beside(state, recipe, batch.step + 1, batch.episode, recipe.expanded_steps)
+    return imagine.rollout(step_fn, policy, start, recipe.expanded_steps, key, along)
 
 
 def _start_obs(batch: Transition, recipe: Recipe) -> Array:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mve.types import Count, Imagined, Key, NonNegative, PolicyFn, Positive, StepFn, Transition, Unit
+from mve.types import (
+    Beside,
+    BesideStepFn,
+    Count,
+    Imagined,
+    Key,
+    NonNegative,
+    PolicyFn,
+    Positive,
+    StepFn,
+    Transition,
+    Unit,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +61,12 @@ class ImaginationConfig:
 
 
 def rollout(
-    step_fn: StepFn,
+    step_fn: StepFn | BesideStepFn,
     policy_fn: PolicyFn,
     start_obs: Float[Array, " *batch S"],
     horizon_steps: int,
     key: Key,
+    beside: Beside | None = None,
     *,
     unrolled: bool = False,
 ) -> Imagined:
@@ -62,6 +75,7 @@ def rollout(
     a_t = policy_fn(s_t);  s_{t+1}, r_t, c_t = step_fn(s_t, a_t),  t = 0..H-1, s_0 = start_obs.
 
     The draws of step t depend on `key` and t only, so a longer rollout begins with the shorter one.
+    `beside` (H, *batch) are real steps of which `step_fn` is told as well, as its last argument.
     `unrolled` is faster to differentiate by the policy, whose gradient a loop would carry along and add to
     at every step, and slower to compile.
 
@@ -69,15 +83,24 @@ def rollout(
     every estimator. They go on from the last state before it, for a reward need not be a number beyond.
     """
 
-    def step(obs: Array, t: Array) -> tuple[Array, tuple[Array, ...]]:
+    def moved(obs: Array, action: Array, key: Key, real: Beside | None) -> tuple[Array, Array, Array]:
+        if real is None:
+            return cast(StepFn, step_fn)(obs, action, key)
+        return cast(BesideStepFn, step_fn)(obs, action, key, real)
+
+    def step(obs: Array, now: tuple[Array, Beside | None]) -> tuple[Array, tuple[Array, ...]]:
+        t, real = now
         policy_key, model_key = jax.random.split(jax.random.fold_in(key, t))
         action, bonus = policy_fn(obs, policy_key)
-        next_obs, reward, continuation = step_fn(obs, action, model_key)
+        next_obs, reward, continuation = moved(obs, action, model_key, real)
         alive = where_it_goes_on(continuation, next_obs, obs)
         return alive, (next_obs, action, reward, continuation, bonus)
 
     _, (next_obs, action, reward, continuation, bonus) = jax.lax.scan(
-        step, start_obs, jnp.arange(horizon_steps), unroll=max(horizon_steps, 1) if unrolled else 1
+        step,
+        start_obs,
+        (jnp.arange(horizon_steps), beside),
+        unroll=max(horizon_steps, 1) if unrolled else 1,
     )
     return Imagined(
         obs=jnp.concatenate([start_obs[None], next_obs]),

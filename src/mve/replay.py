@@ -82,6 +82,20 @@ def _drawn(replay: Replay, shape: tuple[int, ...], key: Key, recency: float) -> 
     return (replay.position - 1 - jnp.minimum(age, replay.size - 1)) % replay.capacity
 
 
+def at_steps(
+    replay: Replay, step: Int[Array, " *batch"], episode: Int[Array, " *batch"]
+) -> tuple[Transition, Bool[Array, " *batch"]]:
+    """The rows that were collected at these environment steps, and whether they are there: in these episodes,
+    and not overwritten. Before a gap in the numbers none is found."""
+    newest = replay.rows.step[(replay.position - 1) % replay.capacity]
+    age = newest - step
+    rows: Transition = jax.tree.map(
+        lambda ring: ring[(replay.position - 1 - age) % replay.capacity], replay.rows
+    )
+    there = (age >= 0) & (age < replay.size) & (rows.step == step) & (rows.episode == episode)
+    return rows, there
+
+
 def sample_segments(
     replay: Replay, batch_size: int, num_rows: int, key: Key, *, recency: float = 1.0
 ) -> Segment:

@@ -118,7 +118,25 @@ def check(config: Config, fits_model: bool) -> None:
             f"imagination.trust = {config.imagination.trust} asks two members of a learned model; "
             "set dynamics.kind=learned and dynamics.members=2 at least, or imagination.trust=0"
         )
+    if fits_model and dynamics.on_policy_corrections:
+        _check_corrections(config)
     _check_estimator(config)
+
+
+def _check_corrections(config: Config) -> None:
+    """Refuse imagined steps that would be corrected in part."""
+    targets, agent = config.targets, config.agent
+    if targets.keeps_members:
+        raise UserError(
+            f"dynamics.on_policy_corrections would make the members agree, and targets.estimator = "
+            f"{targets.estimator} asks how far they do not; set dynamics.on_policy_corrections=false"
+        )
+    if agent.model_steps and not shares_rollout(agent, targets, config.imagination):
+        raise UserError(
+            f"agent.model_steps = {agent.model_steps} here has rollouts of the actor's own, which "
+            "dynamics.on_policy_corrections does not reach; set it to false, or have critic and actor share "
+            "their rollouts, as mve-svg does"
+        )
 
 
 def _check_estimator(config: Config) -> None:

@@ -67,6 +67,11 @@ class Recipe:
     def fits_model(self) -> bool:
         return self.uses_model and self.simulator is None
 
+    @property
+    def corrects(self) -> bool:
+        """Whether imagined steps run beside real ones, whose errors correct them."""
+        return self.fits_model and self.dynamics.on_policy_corrections
+
 
 def real_rows(agent: AgentConfig, imagination: ImaginationConfig) -> int:
     """Of a batch, where real and imagined rows share it."""

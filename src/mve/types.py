@@ -41,6 +41,8 @@ TerminationFn: TypeAlias = Callable[[Array, Array, Array], Array]
 StepFn: TypeAlias = Callable[
     [Array, Array, Key], tuple[Array, Array, Array]
 ]  # -> next_obs, reward, continuation
+# The same, told of the real steps beside the imagined ones.
+BesideStepFn: TypeAlias = Callable[[Array, Array, Key, "Beside"], tuple[Array, Array, Array]]
 PolicyFn: TypeAlias = Callable[[Array, Key], tuple[Array, Array]]  # obs, key -> action, bonus of acting
 ValueFn: TypeAlias = Callable[[Array], Array]  # obs (*batch, S) -> one value per critic (N, *batch)
 ActionValueFn: TypeAlias = Callable[[Array, Array], Array]  # obs, action (*batch, A) -> (N, *batch)
@@ -69,6 +71,13 @@ class Transition(NamedTuple):
     episode: Int[Array, " *batch"]  # running number of the episode: neighbours in time share it
     step: Int[Array, " *batch"]  # environment step at which it was collected: the row's own name
     log_density: Float[Array, " *batch"]  # of the action under the policy that took it; 0 where nobody asks
+
+
+class Beside(NamedTuple):
+    """Real steps that run beside imagined ones, as far as there are any."""
+
+    rows: Transition
+    there: Bool[Array, " *batch"]
 
 
 class Imagined(NamedTuple):

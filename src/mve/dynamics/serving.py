@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mve.dynamics.ensemble import Dynamics, Prediction, num_members, only, predict, terminated
+from mve.dynamics.ensemble import Dynamics, Prediction, change, num_members, only, predict, terminated
 from mve.dynamics.settings import DynamicsConfig
-from mve.types import Key, Known, StepFn
+from mve.types import Beside, Key, Known, StepFn, Transition
 
 MANY = 2**30  # of offsets, so that the remainder by a batch's rows is as good as uniform
 
@@ -34,6 +34,7 @@ def step(
     obs: Array,
     action: Array,
     key: Key,
+    beside: Beside | None = None,
     *,
     offset: Array | None = None,
 ) -> tuple[Array, Array, Array]:
@@ -42,6 +43,12 @@ def step(
     Each row is served by one member, an elite if there are any. The rows are rotated by an offset and
     dealt to the members in equal blocks, so that a step costs one member's work per row, not M. The
     offset is drawn anew at every step (TS-1 of Chua et al. 2018), unless it is given (TS-infinity).
+
+    With f the mean change in the member's opinion, and real steps `beside` the rows, a row moves by
+
+        f(s, a) + (s'_real - s_real) - f(s_real, a_real)
+
+    (Fröhlich et al. 2022, equation 5), its reward likewise; where there is none, by f(s, a) and the noise.
     """
     if model.elites is not None:
         model = only(model, model.elites)
@@ -56,10 +63,19 @@ def step(
     else:
         start = jax.random.randint(key, (), 0, slots)
     predicted = _dealt(model, obs, action, start)
-    change = predicted.mean
+    moved = predicted.mean
     if config.sample != "none":
-        change = change + _noise(predicted, config, obs.shape[-1], noise_key)
-    return _finish_step(model, known, config, obs, action, model.change.unscale(change))
+        moved = moved + _noise(predicted, config, obs.shape[-1], noise_key)
+    if beside is not None:
+        erred = _errors(model, beside.rows, start)
+        there = jnp.broadcast_to(beside.there[:, None], erred.shape)
+        moved = jnp.where(there, predicted.mean + erred, moved)
+    return _finish_step(model, known, config, obs, action, model.change.unscale(moved))
+
+
+def _errors(model: Dynamics, rows: Transition, start: Array) -> Float[Array, " B O"]:
+    """What is missing in the members' predictions of real steps, scaled; rows are dealt as in `step`."""
+    return model.change.scale(change(model, rows)) - _dealt(model, rows.obs, rows.action, start).mean
 
 
 def _slots(model: Dynamics, rows: int) -> int:
@@ -127,8 +143,8 @@ def member_step(
     neither a selection nor the noise of the world may change.
     """
     if known.reward is not None or not crossed:
-        change = model.change.unscale(predict(model, obs, action).mean)
-        next_obs, reward, continuation = _finish_step(model, known, config, obs, action, change)
+        moved = model.change.unscale(predict(model, obs, action).mean)
+        next_obs, reward, continuation = _finish_step(model, known, config, obs, action, moved)
         return next_obs, reward[None], continuation
     opinions = model.change.unscale(predict(model, obs, action, shared=True).mean)  # (R, M, B, S+1)
     member = jnp.arange(config.members)
@@ -150,26 +166,24 @@ def few_members_step(model: Dynamics, known: Known, config: DynamicsConfig, key:
         # Copies of a row are at least B rows apart, a block has at most B: no two are in one.
         start = offset % _slots(model, rows)
         predicted = _dealt(model, obs.reshape(rows, -1), action.reshape(rows, -1), start)
-        change = predicted.mean.reshape(*obs.shape[:-1], -1)
-        next_obs, reward, continuation = _finish_step(
-            model, known, config, obs, action, model.change.unscale(change)
-        )
+        moved = model.change.unscale(predicted.mean.reshape(*obs.shape[:-1], -1))
+        next_obs, reward, continuation = _finish_step(model, known, config, obs, action, moved)
         return next_obs, reward[None], continuation
 
     return step
 
 
 def _finish_step(
-    model: Dynamics, known: Known, config: DynamicsConfig, obs: Array, action: Array, change: Array
+    model: Dynamics, known: Known, config: DynamicsConfig, obs: Array, action: Array, moved: Array
 ) -> tuple[Array, Array, Array]:
     """From a predicted change to next state, reward and continuation, known functions first."""
-    next_obs = obs + change[..., : obs.shape[-1]]
+    next_obs = obs + moved[..., : obs.shape[-1]]
     if config.stay_in_data:
         next_obs = model.obs.clip(next_obs)
     if known.reward is not None:
         reward = known.reward(obs, action, next_obs)
     else:
-        reward = _learned_reward(model, config, change)
+        reward = _learned_reward(model, config, moved)
     if known.termination is not None:
         ended = known.termination(obs, action, next_obs)
     else:
@@ -177,5 +191,5 @@ def _finish_step(
     return next_obs, reward, 1.0 - ended.astype(jnp.float32)
 
 
-def _learned_reward(model: Dynamics, config: DynamicsConfig, change: Array) -> Array:
-    return (model.change.clip(change) if config.stay_in_data else change)[..., -1]
+def _learned_reward(model: Dynamics, config: DynamicsConfig, moved: Array) -> Array:
+    return (model.change.clip(moved) if config.stay_in_data else moved)[..., -1]

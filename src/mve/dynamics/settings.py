@@ -38,6 +38,12 @@ class DynamicsConfig:
     sample: Literal["none", "state", "state_and_reward"] = "none"
     """What of an imagined step the noise is drawn for, the rest being the mean (DHMBPO: state; MBPO: both).
     Where an estimator keeps members apart (STEVE) they answer with their means."""
+    on_policy_corrections: bool = False
+    """Whether imagined steps run beside the real ones that followed where they start: what the member that
+    takes one errs by on the real step beside it, noise and all, is added to it, in the place of a draw. A
+    policy that acts as it did is then imagined to fare as it did, and the model says what other actions
+    change (Fröhlich et al. 2022, arXiv 2110.07985, equation 5). Beyond the episode's end and the newest step
+    there is nothing to add, and noise is drawn."""
     trajectory: Literal["ts1", "tsinf"] = "ts1"
     """Who serves a row of a rollout: a member drawn anew at each step, or the same one throughout (PETS)."""
     learning_rate: Rate = 1e-3

@@ -148,8 +148,9 @@ def n_steps_as_one(segment: Segment, bonus: Float[Array, " later B"], discount: 
         r_0 + sum_{0<i<m} gamma^i (b_i + r_i) + gamma^m c_{m-1} V(s_m)
 
     of the m of them that are valid: its reward is the sum, its continuation gamma^(m-1) c_{m-1}, so that
-    estimators need not know. `bonus` is the policy's in the states after the first (Sutton and Barto 2018,
-    section 7.1; with an entropy term: Haarnoja et al. 2018a, section 3, summed over steps).
+    estimators need not know, and its `step` the last one's, which the next real step follows. `bonus` is the
+    policy's in the states after the first (Sutton and Barto 2018, section 7.1; with an entropy term:
+    Haarnoja et al. 2018a, section 3, summed over steps).
     """
     rows, valid = segment
     weight = discount ** jnp.arange(len(valid), dtype=jnp.float32)[:, None] * valid.astype(jnp.float32)
@@ -159,6 +160,7 @@ def n_steps_as_one(segment: Segment, bonus: Float[Array, " later B"], discount: 
     return first._replace(
         reward=jnp.sum(weight * rows.reward, axis=0) + jnp.sum(weight[1:] * bonus, axis=0),
         next_obs=final.next_obs,
+        step=final.step,
         continuation=discount ** last.astype(jnp.float32) * final.continuation,
     )
 
